@@ -1,0 +1,1 @@
+"""Client runtimes: what turns a task into an update."""

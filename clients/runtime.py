@@ -1,0 +1,172 @@
+"""The runtime every pool shares: one base model, many clients, tasks in, updates out."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import torch
+
+from clients.ranks import assign_ranks
+from fedlora.adapter.peft import extract, insert, set_trainable
+from fedlora.adapter.wire import decode_adapter, encode_update
+from fedlora.aggregation.combine import make_delta
+from fedlora.config import RunConfig
+from fedlora.data.partition import Corpus, open_corpus
+from fedlora.data.text import Encoded, encode
+from fedlora.errors import DataError
+from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainTask, WorkerStats
+from fedlora.training.evaluate import evaluate
+from fedlora.training.loop import train
+from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, load_base
+
+
+class ClientRuntime:
+    """Executes tasks of any client of a run against one copy of the base model."""
+
+    def __init__(self, config: RunConfig, threads: int | None = None):
+        self._config = config
+        if threads:
+            torch.set_num_threads(threads)
+        self.corpus: Corpus = open_corpus(config.data, config.clients.count, config.seed)
+        self.base_loads = 0
+        self._adapted: AdaptedModel | None = None
+        self._encoded: dict[str, Encoded] = {}
+
+    def members(self) -> list[ClientInfo]:
+        """Every client of the run, with its rank and what it holds."""
+        clients = list(self.corpus.shards)
+        settings = self._config.clients
+        ranks = assign_ranks(clients, settings.ranks, self._config.lora.r, settings.memory_gb, self._config.seed)
+        return [
+            ClientInfo(
+                id=client,
+                rank=ranks[client],
+                num_examples=len(self.corpus.shards[client]),
+                num_heldout=self._heldout_rows(client),
+                label_counts=self.corpus.label_counts(client),
+            )
+            for client in clients
+        ]
+
+    def base(self) -> BaseInfo:
+        """The base model that all clients share."""
+        return self._model().info()
+
+    def train(self, task: TrainTask) -> bytes:
+        """Execute one task.
+
+        Returns:
+            Wire bytes of a ``ClientUpdate``.
+        """
+        adapted = self._model()
+        received = decode_adapter(task.adapter)
+        model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
+        insert(model, name, received)
+        parameters = set_trainable(model, name, task.plan.train)
+        examples = self._examples(task.client).examples
+        result = train(
+            model, parameters, examples, self._config.training, task.seed, adapted.base.tokenizer.pad_token_id
+        )
+        metrics = {
+            "loss": result.loss,
+            "first_loss": result.first_loss,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "rows": result.rows,
+        }
+        delta = make_delta(received, extract(model, name), task.plan.send)
+        rows = len(self.corpus.shards[task.client])
+        return encode_update(task.client, task.round, task.received, delta, rows, metrics)
+
+    def evaluate(self, task: EvalTask) -> EvalResult:
+        """Score an adapter on a client's held-out rows, or on the server's."""
+        adapted = self._model()
+        state = decode_adapter(task.adapter)
+        model, name = adapted.at_rank(state.rank), f"r{state.rank}"
+        insert(model, name, state)
+        examples = self._examples(f"heldout:{task.subject}" if task.subject else "test").examples
+        return evaluate(
+            model,
+            examples[task.shard :: task.num_shards],
+            self._config.training.per_device_eval_batch_size,
+            adapted.base.tokenizer.pad_token_id,
+            adapted.base.device,
+            task.subject,
+        )
+
+    def stats(self) -> WorkerStats:
+        """What this process has used so far."""
+        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return WorkerStats(os.getpid(), self.base_loads, torch.get_num_threads(), peak_kb / 1024)
+
+    def _model(self) -> AdaptedModel:
+        if self._adapted is None:
+            self._adapted = AdaptedModel(self._load(), adapter_spec(self._config), task_of(self._config, self.corpus))
+        return self._adapted
+
+    def _load(self) -> Base:
+        self.base_loads += 1
+        return load_base(base_spec(self._config, self.corpus))
+
+    def _heldout_rows(self, client: str) -> int:
+        limit = self._config.evaluation.max_rows_per_client
+        rows = len(self.corpus.heldout[client])
+        return rows if limit is None else min(rows, limit)
+
+    def _examples(self, key: str) -> Encoded:
+        """Tokens of a client's shard, of its held-out rows (``heldout:c3``) or of the test set; made once."""
+        if key not in self._encoded:
+            corpus = self.corpus
+            if key == "test":
+                table = corpus.test
+            elif key.startswith("heldout:"):
+                client = key.removeprefix("heldout:")
+                table = corpus.train.select(corpus.heldout[client][: self._heldout_rows(client)])
+            else:
+                table = corpus.train.select(corpus.shards[key])
+            tokenizer = self._model().base.tokenizer
+            limit = self._config.data.max_length
+            self._encoded[key] = encode(table.to_list(), corpus.form, tokenizer, limit, corpus.labels, key)
+        return self._encoded[key]
+
+
+def task_of(config: RunConfig, corpus: Corpus) -> str:
+    """The model's task: as configured, else what the form of the rows asks for.
+
+    Raises:
+        DataError: if the configured task cannot be trained on such rows.
+    """
+    natural = "sequence-classification" if corpus.form == "classification" else "causal-lm"
+    if config.model.task not in ("auto", natural):
+        raise DataError(f"model.task is {config.model.task}, but the rows are {corpus.form}, which is for {natural}")
+    return natural
+
+
+def base_spec(config: RunConfig, corpus: Corpus) -> BaseSpec:
+    """The base model of a run."""
+    model = config.model
+    return BaseSpec(
+        name=model.name,
+        task=task_of(config, corpus),
+        labels=corpus.labels,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        revision=model.revision,
+        device=model.device,
+        seed=config.seed,
+    )
+
+
+def adapter_spec(config: RunConfig) -> AdapterSpec:
+    """Where a run's adapters go."""
+    lora = config.lora
+    targets = lora.target_modules
+    return AdapterSpec(
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=tuple(lora.modules_to_save) if lora.modules_to_save else None,
+    )

@@ -1,0 +1,90 @@
+"""Sums, means and inner products of adapters. Never forms ``B @ A``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState, LowRank
+from fedlora.errors import RankError
+
+
+def add(left: AdapterState, right: AdapterState) -> AdapterState:
+    """Sum of the factors: ``(B + B', A + A')``. Both need the same ranks and names."""
+    return _combine([left, right], [1.0, 1.0])
+
+
+def subtract(left: AdapterState, right: AdapterState) -> AdapterState:
+    """Difference of the factors, the inverse of ``add``."""
+    return _combine([left, right], [1.0, -1.0])
+
+
+def mean_factors(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+    """Weighted sum of the factors themselves: ``sum_k w_k B_k`` and ``sum_k w_k A_k``.
+
+    This is FedAvg on factors: not the mean of the updates (``mean_update`` is), and only meaningful
+    where all states share one basis.
+
+    Raises:
+        RankError: if ranks differ.
+    """
+    return _combine(states, weights)
+
+
+def mean_update(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+    """The exact weighted sum of the updates ``sum_k w_k B_k A_k``, as a stack of rank ``sum r_k``.
+
+    Returns:
+        Modules with B [out, R] = [w_1 B_1, ..., w_K B_K], A [R, in] = [A_1; ...; A_K]; dense averaged.
+
+    Source: FLoRA (Wang et al., 2024, arXiv 2409.05976), eq. 5.
+    """
+    modules = {
+        path: LowRank(
+            torch.cat([w * s.modules[path].B for s, w in zip(states, weights, strict=True)], dim=1),
+            torch.cat([s.modules[path].A for s in states], dim=0),
+        )
+        for path in states[0].modules
+    }
+    return AdapterState(modules, mean_dense(states, weights))
+
+
+def mean_dense(states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Weighted sum of the dense tensors."""
+    return {name: _weighted([s.dense[name] for s in states], weights) for name in states[0].dense}
+
+
+def inner(left: LowRank, right: LowRank) -> Tensor:
+    """Frobenius inner product ``<B A, B' A'>`` of two updates of any ranks, from [R, R'] products."""
+    return ((left.B.T @ right.B) * (left.A @ right.A.T)).sum()
+
+
+def norm(state: AdapterState) -> float:
+    """Frobenius norm of the whole update: low-rank products and dense tensors together."""
+    doubled = state.to(torch.float64)  # fp32 loses the small singular values of a cancelling pair
+    squares = [inner(update, update) for update in doubled.modules.values()]
+    squares += [tensor.square().sum() for tensor in doubled.dense.values()]
+    return float(torch.stack(squares).sum().clamp(min=0).sqrt()) if squares else 0.0
+
+
+def _combine(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+    first = states[0]
+    for path in first.modules:
+        ranks = sorted({state.modules[path].rank for state in states})
+        if len(ranks) > 1:
+            raise RankError(f"{path}: factors of ranks {ranks} have no common basis to be added in")
+    modules = {
+        path: LowRank(
+            _weighted([s.modules[path].B for s in states], weights),
+            _weighted([s.modules[path].A for s in states], weights),
+        )
+        for path in first.modules
+    }
+    return AdapterState(modules, mean_dense(states, weights))
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total + tensor * weight
+    return total

@@ -1,0 +1,176 @@
+"""In and out of a PeftModel. The one place that knows ``alpha / r``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fedlora.adapter.state import AdapterState, LowRank
+from fedlora.errors import AdapterError
+
+_PREFIX = "base_model.model."
+
+
+def extract(model: nn.Module, adapter: str) -> AdapterState:
+    """Copy an adapter out of a PeftModel, in effective units.
+
+    Args:
+        model: a ``PeftModel`` with LoRA layers.
+        adapter: name of the adapter in it.
+    """
+    modules = {}
+    for path, B, A, scaling in _layers(model, adapter):
+        modules[path] = LowRank(B.detach().float().cpu() * scaling, A.detach().float().cpu().clone())
+    dense = {name: tensor.detach().float().cpu().clone() for name, tensor in _dense(model, adapter)}
+    return AdapterState(modules, dense)
+
+
+@torch.no_grad()
+def insert(model: nn.Module, adapter: str, state: AdapterState) -> None:
+    """Write a state into an adapter of a PeftModel; ``extract`` gives it back.
+
+    Raises:
+        AdapterError: if modules, ranks or shapes differ from the adapter's.
+    """
+    layers = {path: (B, A, scaling) for path, B, A, scaling in _layers(model, adapter)}
+    dense = dict(_dense(model, adapter))
+    current = AdapterState({path: LowRank(B, A) for path, (B, A, _) in layers.items()}, dense)
+    state.check_like(current, "the state")
+    for path, update in state.modules.items():
+        B, A, scaling = layers[path]
+        if update.rank != A.shape[0]:
+            raise AdapterError(f"{path}: state of rank {update.rank} for an adapter of rank {A.shape[0]}")
+        B.copy_(update.B / scaling)
+        A.copy_(update.A)
+    for name, tensor in state.dense.items():
+        dense[name].copy_(tensor)
+
+
+def set_trainable(model: nn.Module, adapter: str, parts: frozenset[str]) -> list[nn.Parameter]:
+    """Give gradients to exactly these parts of one adapter, and to nothing else in the model.
+
+    PEFT makes every activated adapter trainable, so this is done from our own table each time.
+
+    Returns:
+        The trainable parameters, in a fixed order.
+    """
+    model.requires_grad_(False)
+    chosen = []
+    for _, B, A, _ in _layers(model, adapter):
+        chosen += [tensor for part, tensor in (("A", A), ("B", B)) if part in parts]
+    if "dense" in parts:
+        chosen += [tensor for _, tensor in _dense(model, adapter)]
+    parameters = [tensor for tensor in chosen if isinstance(tensor, nn.Parameter)]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def save_directory(
+    state: AdapterState, directory: Path, base_name: str, task_type: str, lora_alpha: float, use_rslora: bool
+) -> None:
+    """Write a state as a PEFT directory that ``PeftModel.from_pretrained`` loads.
+
+    Modules may have different ranks (PEFT's ``rank_pattern``).
+
+    Args:
+        state: adapter in effective units.
+        directory: created if missing.
+        base_name: name or path of the base model, for ``base_model_name_or_path``.
+        task_type: PEFT's, such as ``SEQ_CLS`` or ``CAUSAL_LM``.
+        lora_alpha, use_rslora: the scaling the saved factors are to carry.
+    """
+    rank = state.rank
+    magnitudes = {name for name in state.dense if name.endswith(".lora_magnitude_vector")}
+    heads = sorted({name.rpartition(".")[0] for name in set(state.dense) - magnitudes})
+    patterns = {path: update.rank for path, update in sorted(state.modules.items()) if update.rank != rank}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": use_rslora,
+        "use_dora": bool(magnitudes),
+        "target_modules": sorted(state.modules),
+        "rank_pattern": patterns,
+        "modules_to_save": heads or None,
+    }
+    tensors: dict[str, Tensor] = {}
+    for path, update in state.modules.items():
+        scaling = scale(lora_alpha, update.rank, use_rslora)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = update.A.contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = (update.B / scaling).contiguous()
+    for name, tensor in state.dense.items():
+        tensors[f"{_PREFIX}{name}"] = tensor.contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def load_directory(directory: Path) -> AdapterState:
+    """Read a PEFT directory written by ``save_directory``, in effective units.
+
+    Raises:
+        AdapterError: if a file is missing or unreadable.
+    """
+    try:
+        settings: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
+    except Exception as error:  # noqa: BLE001 - safetensors raises its own type for a bad file
+        raise AdapterError(f"{directory}: not a readable PEFT adapter: {error}") from error
+    return _from_peft_names(tensors, settings["lora_alpha"], settings["use_rslora"])
+
+
+def scale(lora_alpha: float, rank: int, use_rslora: bool) -> float:
+    """PEFT's factor in front of ``B @ A``: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA."""
+    return lora_alpha / (rank**0.5 if use_rslora else rank)
+
+
+def _from_peft_names(tensors: Mapping[str, Tensor], lora_alpha: float, use_rslora: bool) -> AdapterState:
+    modules, dense = {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        if name.endswith(".lora_A.weight"):
+            path = name.removesuffix(".lora_A.weight")
+            B = tensors[f"{_PREFIX}{path}.lora_B.weight"]
+            modules[path] = LowRank(B * scale(lora_alpha, B.shape[1], use_rslora), tensor)
+        elif not name.endswith(".lora_B.weight"):
+            dense[name] = tensor
+    return AdapterState(modules, dense)
+
+
+def _path(name: str) -> str:
+    return name.removeprefix(_PREFIX)
+
+
+def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            yield (
+                _path(name),
+                module.lora_B[adapter].weight,
+                module.lora_A[adapter].weight,
+                float(module.scaling[adapter]),
+            )
+
+
+def _dense(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            for parameter, tensor in module.modules_to_save[adapter].named_parameters():
+                yield f"{_path(name)}.{parameter}", tensor
+        elif isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
+            yield f"{_path(name)}.lora_magnitude_vector", module.lora_magnitude_vector[adapter].weight

@@ -1,0 +1,103 @@
+"""Changing the rank of an update: truncate, pad, slice, recompress, revive."""
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState, LowRank
+from fedlora.errors import RankError
+
+NULL = 1e-7  # singular values below this share of the largest are rounding, not signal
+
+
+def truncate(update: LowRank, rank: int) -> LowRank:
+    """Best rank-``rank`` approximation of ``B @ A`` in balanced factors.
+
+    QR of both factors and an SVD of the small core, in float64; ``B @ A`` is never formed. Directions
+    whose singular value is only rounding come back as exact zeros in both factors (see ``revive``).
+
+    Args:
+        update: B [out, R], A [R, in].
+        rank: 1 <= rank <= R.
+
+    Returns:
+        B [out, rank], A [rank, in] with ``B.T @ B == A @ A.T``, in the update's own dtype.
+
+    Raises:
+        RankError: if rank is outside 1..R.
+
+    Source: FlexLoRA (Bai et al., 2024, arXiv 2402.11505), eq. 4; optimal by Eckart-Young-Mirsky.
+    """
+    if not 1 <= rank <= update.rank:
+        raise RankError(f"cannot truncate an update of rank {update.rank} to rank {rank}")
+    U, S, Vh = factored_svd(update)
+    kept = min(rank, S.shape[0])
+    root = S[:kept].sqrt()
+    dtype = update.A.dtype
+    truncated = LowRank((U[:, :kept] * root).to(dtype), (root[:, None] * Vh[:kept]).to(dtype))
+    return truncated if kept == rank else pad(truncated, rank)
+
+
+def factored_svd(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of ``B @ A`` without forming it.
+
+    Returns:
+        U [out, p], S [p] descending and Vh [p, in] in float64, where p = min(out, in, R). Values
+        below ``NULL`` times the largest are set to zero.
+    """
+    Q_B, R_B = torch.linalg.qr(update.B.double())
+    Q_A, R_A = torch.linalg.qr(update.A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    S = torch.where(S > NULL * S[:1], S, torch.zeros_like(S))
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def pad(update: LowRank, rank: int) -> LowRank:
+    """The same update with zero components appended up to ``rank``.
+
+    Raises:
+        RankError: if the update already has a larger rank.
+    """
+    missing = rank - update.rank
+    if missing < 0:
+        raise RankError(f"cannot pad an update of rank {update.rank} down to rank {rank}")
+    return LowRank(
+        torch.cat([update.B, update.B.new_zeros(update.B.shape[0], missing)], dim=1),
+        torch.cat([update.A, update.A.new_zeros(missing, update.A.shape[1])], dim=0),
+    )
+
+
+def first(update: LowRank, rank: int) -> LowRank:
+    """The first ``rank`` components: columns of B, rows of A.
+
+    Raises:
+        RankError: if rank is outside 1..R.
+    """
+    if not 1 <= rank <= update.rank:
+        raise RankError(f"cannot take {rank} components of an update of rank {update.rank}")
+    return LowRank(update.B[:, :rank], update.A[:rank])
+
+
+def resize(update: LowRank, rank: int) -> LowRank:
+    """Best approximation at exactly ``rank``: truncated if larger, zero-padded if smaller."""
+    return truncate(update, rank) if rank <= update.rank else pad(update, rank)
+
+
+def revive(state: AdapterState, fresh: AdapterState) -> AdapterState:
+    """Give components that are zero in *both* factors a fresh row of A. The function is unchanged.
+
+    A pair with B = 0 and A = 0 has zero gradient in both factors and would never learn again.
+    Truncating an update of lower rank than asked for leaves such pairs.
+
+    Args:
+        state: the adapter to hand out.
+        fresh: an initial adapter over the same modules whose A has at least as many rows.
+    """
+
+    def one(update: LowRank, spare: Tensor) -> LowRank:
+        dead = (update.B == 0).all(dim=0) & (update.A == 0).all(dim=1)
+        if not dead.any():
+            return update
+        return LowRank(update.B, torch.where(dead[:, None], spare[: update.rank].to(update.A.dtype), update.A))
+
+    modules = {path: one(update, fresh.modules[path].A) for path, update in state.modules.items()}
+    return AdapterState(modules, state.dense)

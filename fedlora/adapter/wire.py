@@ -1,0 +1,134 @@
+"""Adapters as bytes: safetensors with a JSON note, the only thing that crosses a trust boundary.
+
+A message is hostile until proved otherwise: its header is read and checked by hand before any
+tensor is built, and nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState
+from fedlora.errors import AdapterError, WireError
+from fedlora.protocol import ClientUpdate
+
+SCHEMA = 1
+MAX_HEADER_BYTES = 8 << 20
+_DTYPES = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
+
+
+def encode_adapter(state: AdapterState) -> bytes:
+    """Wire bytes of an adapter. Equal states give equal bytes."""
+    return _encode(state.tensors(), {"kind": "adapter"})
+
+
+def decode_adapter(payload: bytes) -> AdapterState:
+    """Inverse of ``encode_adapter``.
+
+    Raises:
+        WireError: if the bytes are not an adapter message of a known schema.
+    """
+    note, tensors = _decode(payload, "adapter")
+    try:
+        return AdapterState.from_tensors(tensors)
+    except AdapterError as error:
+        raise WireError(str(error)) from error
+
+
+def encode_update(
+    client: str,
+    round: int,
+    received: str,
+    delta: Mapping[str, Tensor],
+    num_examples: int,
+    metrics: Mapping[str, float],
+) -> bytes:
+    """Wire bytes of a client's answer."""
+    note = {
+        "kind": "update",
+        "client": client,
+        "round": round,
+        "received": received,
+        "num_examples": num_examples,
+        "metrics": dict(metrics),
+    }
+    return _encode(delta, note)
+
+
+def decode_update(payload: bytes, max_bytes: int | None = None) -> ClientUpdate:
+    """Parse an answer and check its form; whether it fits the round is for admission to say.
+
+    Raises:
+        WireError: too large, not safetensors, another schema, or a field of the wrong type.
+    """
+    if max_bytes is not None and len(payload) > max_bytes:
+        raise WireError(f"message of {len(payload)} bytes; at most {max_bytes} were expected")
+    note, tensors = _decode(payload, "update")
+    for key, kind in (("client", str), ("round", int), ("received", str), ("num_examples", int), ("metrics", dict)):
+        if not isinstance(note.get(key), kind) or isinstance(note.get(key), bool):
+            raise WireError(f"{key} is {note.get(key)!r}; expected {kind.__name__}")
+    for key, value in note["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise WireError(f"metric {key[:80]} is {value!r}; expected a finite number")
+    return ClientUpdate(
+        client=note["client"],
+        round=note["round"],
+        received=note["received"],
+        delta=tensors,
+        num_examples=note["num_examples"],
+        metrics=note["metrics"],
+        wire_bytes=len(payload),
+    )
+
+
+def digest(payload: bytes) -> str:
+    """SHA-256 of a message, in hexadecimal."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"schema": SCHEMA, **note}, sort_keys=True)
+    return safetensors.torch.save(ready, {"fedlora": text})
+
+
+def _decode(payload: bytes, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    note = _check_header(payload)
+    if note.get("schema") != SCHEMA:
+        raise WireError(f"message has schema {note.get('schema')!r}; this version of fedlora reads {SCHEMA}")
+    if note.get("kind") != kind:
+        raise WireError(f"message is of kind {note.get('kind')!r}; expected {kind}")
+    try:
+        tensors = safetensors.torch.load(payload)
+    except Exception as error:  # noqa: BLE001 - whatever the parser objects to, it is this sender's problem
+        raise WireError(f"not a valid safetensors message: {error}") from error
+    return note, {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+
+
+def _check_header(payload: bytes) -> dict[str, Any]:
+    """Bounds, types and sizes of the header, before any memory is set aside for tensors."""
+    if len(payload) < 8:
+        raise WireError(f"message of {len(payload)} bytes is too short")
+    (length,) = struct.unpack("<Q", payload[:8])
+    if length > min(MAX_HEADER_BYTES, len(payload) - 8):
+        raise WireError("header is longer than the message or the limit; the message is truncated or not safetensors")
+    try:
+        header = json.loads(payload[8 : 8 + length])
+        note = json.loads(header.pop("__metadata__")["fedlora"])
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]]
+            if not 0 <= start <= end <= len(payload) - 8 - length or end - start != size:
+                raise WireError(f"{name[:80]}: tensor of {size} bytes does not lie inside the message")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WireError(f"header is not a fedlora message ({type(error).__name__})") from error
+    if not isinstance(note, dict):
+        raise WireError("header is not a fedlora message (the note is not an object)")
+    return note

@@ -1,0 +1,75 @@
+"""The framework's half of an aggregation: whatever every strategy would otherwise repeat."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedlora.adapter import rank as ranks
+from fedlora.adapter.state import AdapterState
+from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
+from fedlora.errors import ConfigError, RoundError
+from fedlora.protocol import ClientInfo
+
+
+def apply_delta(received: AdapterState, delta: Mapping[str, Tensor]) -> AdapterState:
+    """The client's adapter after training: received plus delta; parts that did not travel stay."""
+    flat = received.tensors()
+    return AdapterState.from_tensors({name: flat[name] + delta[name] if name in delta else flat[name] for name in flat})
+
+
+def make_delta(received: AdapterState, trained: AdapterState, send: frozenset[str]) -> dict[str, Tensor]:
+    """Trained minus received for the parts in ``send``, by tensor name."""
+    before, after = received.tensors(), trained.tensors()
+    return {name: after[name] - before[name] for name in after if part_of(name) in send}
+
+
+def part_of(name: str) -> str:
+    """``A``, ``B`` or ``dense`` for a tensor name of ``AdapterState.tensors``."""
+    path, _, part = name.rpartition(":")
+    return part if path else "dense"
+
+
+def combine(
+    strategy: Strategy, updates: Sequence[Contribution], ctx: RoundContext, state: State
+) -> Aggregate:
+    """Aggregate with normalised weights and in client order, whatever order updates came in.
+
+    Raises:
+        RoundError: if no update has any weight.
+    """
+    total = sum(update.weight for update in updates)
+    if not total > 0:
+        raise RoundError(f"round {ctx.round}: no update carries any weight ({len(updates)} admitted)")
+    ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client.id)
+    normalised = [
+        Contribution(u.client, u.weight / total, u.trained, u.received, u.metrics) for u in ordered
+    ]
+    return strategy.aggregate(normalised, ctx, state)
+
+
+def hand_out(
+    strategy: Strategy,
+    adapter: AdapterState,
+    client: ClientInfo,
+    ctx: RoundContext,
+    state: State,
+    fresh: AdapterState,
+) -> AdapterState:
+    """The adapter a client receives, with pairs that could never learn again given a fresh row of A."""
+    return ranks.revive(strategy.redistribute(adapter, client, ctx, state), fresh)
+
+
+def check_ranks(strategy: Strategy, client_ranks: Mapping[str, int], rank: int) -> None:
+    """Refuse a federation this strategy cannot serve, before any work is done.
+
+    Raises:
+        ConfigError: mixed ranks for a strategy that needs equal ones.
+    """
+    if strategy.traits.mixed_ranks:
+        return
+    odd = sorted(name for name, own in client_ranks.items() if own != rank)
+    if odd:
+        raise ConfigError(
+            f"strategy: {strategy.name} needs equal ranks (lora.r is {rank}), but client {odd[0]} has rank"
+            f" {client_ranks[odd[0]]}; set clients.ranks={rank}, or use flexlora or zero_pad"
+        )

@@ -1,0 +1,373 @@
+"""The run's configuration: the only reader of YAML.
+
+Unknown keys are errors that name the nearest known key, and every problem of a file is reported at
+once. Algorithms never see these objects; factories take plain arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedlora.errors import ConfigError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The frozen base model."""
+
+    name: str = Field(description="hub name, path, builtin:minilm, builtin:smollm2-135m, or a tiny random model")
+    task: Literal["auto", "sequence-classification", "causal-lm"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4"] = "none"
+    revision: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class PartitionConfig(_Section):
+    """How one dataset becomes many clients; names and meaning are flwr-datasets'."""
+
+    method: Literal[
+        "iid", "dirichlet", "natural", "pathological", "shards", "sizes", "linear", "square", "exponential"
+    ] = "iid"
+    by: str | None = Field(None, description="column that decides; default the label")
+    alpha: float = Field(0.5, gt=0, description="dirichlet: smaller is more skewed")
+    classes_per_client: int = Field(2, ge=1, description="pathological")
+    shards_per_client: int = Field(2, ge=1, description="shards")
+    sizes: list[Annotated[int, Field(ge=1)]] | None = Field(None, description="sizes: rows of each client")
+    min_rows: int = Field(1, ge=1, description="dirichlet: redraw until every client has this many rows")
+
+
+class DataConfig(_Section):
+    """Where rows come from."""
+
+    name: str | None = Field(None, description="hub name, or builtin:bbc-news, builtin:chatterbot, builtin:toy")
+    config: str | None = Field(None, description="configuration of a hub dataset")
+    train_split: str = "train"
+    test_split: str = "test"
+    train_file: str | None = None
+    test_file: str | None = None
+    client_files: dict[str, str] | str | None = Field(
+        None, description="one file per client: {name: path}, or a glob whose file names become client names"
+    )
+    text_column: str | None = None
+    label_column: str | None = None
+    labels: list[str] | None = Field(None, description="the label set; default: the labels of the training rows")
+    max_length: int = Field(128, ge=8, description="tokens a row is cut to")
+    max_train_rows: int | None = Field(None, ge=1)
+    max_test_rows: int | None = Field(None, ge=1)
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="held out for the server when there is no test set")
+    client_holdout: float = Field(0.1, ge=0, lt=1, description="share of each client's rows kept for evaluation")
+    partition: PartitionConfig = PartitionConfig()
+
+
+def _read_ranks(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, list):
+        bad = [rank for rank in value if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]
+        if not value or bad:
+            raise ValueError(f"ranks are whole numbers of at least 1, not {bad[0] if bad else value}")
+        return value
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("distribution", "by_memory_gb"):
+        kind, table = next(iter(value.items()))
+        if not isinstance(table, dict) or not table:
+            raise ValueError(f"{kind} needs a mapping, such as {{4: 0.5, 8: 0.3, 16: 0.2}}")
+        return {kind: {_whole(rank): float(number) for rank, number in table.items()}}
+    raise ValueError(
+        "expected a rank, a list of ranks (dealt to clients in turn), {distribution: {rank: share}},"
+        " or {by_memory_gb: {rank: least memory}}"
+    )
+
+
+def _whole(rank: Any) -> int:
+    if isinstance(rank, bool) or not str(rank).isdigit() or int(rank) < 1:
+        raise ValueError(f"ranks are whole numbers of at least 1, not {rank}")
+    return int(rank)
+
+
+class ClientsConfig(_Section):
+    """Who takes part."""
+
+    count: int = Field(10, ge=1, description="clients the data is divided into (not used with client_files)")
+    per_round: int | float = Field(1.0, gt=0, description="clients a round selects: a number, or a share below 1")
+    ranks: Annotated[list[int] | dict[str, dict[int, float]] | None, BeforeValidator(_read_ranks)] = Field(
+        None, description="LoRA rank per client; default lora.r for all"
+    )
+    memory_gb: list[float] | None = Field(None, description="memory each client declares, dealt in turn")
+
+    @model_validator(mode="after")
+    def _check(self) -> ClientsConfig:
+        if isinstance(self.ranks, dict) and "by_memory_gb" in self.ranks and not self.memory_gb:
+            raise ValueError("ranks by_memory_gb needs memory_gb, the memory each client declares")
+        if isinstance(self.per_round, float) and self.per_round > 1 and self.per_round != int(self.per_round):
+            raise ValueError(f"per_round is a whole number or a share up to 1, not {self.per_round}")
+        return self
+
+
+class LoraConfig(_Section):
+    """The adapter, under PEFT's names."""
+
+    r: int = Field(8, ge=1, description="rank of the global adapter, and of clients without their own")
+    lora_alpha: float = Field(16, gt=0, description="as in PEFT: a client of rank r scales by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str = Field("all-linear", description="names, or all-linear")
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["kaiming", "gaussian", "orthogonal"] | bool = Field(
+        True, description="true is kaiming, as in PEFT"
+    )
+    modules_to_save: list[str] | None = Field(None, description="modules trained in full; default: the new head")
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        if self.init_lora_weights is False:
+            raise ValueError("init_lora_weights: false is PEFT's debugging mode; use true, gaussian or orthogonal")
+        return self
+
+
+class TrainingConfig(_Section):
+    """Local training, under the Trainer's names."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    per_device_train_batch_size: int = Field(16, ge=1)
+    per_device_eval_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    num_train_epochs: float = Field(1, gt=0)
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps per round; overrides num_train_epochs")
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    group_by_length: bool = Field(True, description="batches of rows of similar length, so that padding is short")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is -1 (use num_train_epochs) or at least 1")
+        return self
+
+
+class EvaluationConfig(_Section):
+    """When the server looks; the last round is always scored."""
+
+    every: int = Field(1, ge=1, description="rounds between evaluations")
+    per_client: bool = Field(True, description="score the global model on every client's held-out rows too")
+    max_rows_per_client: int | None = Field(64, ge=1)
+
+
+class AdmissionConfig(_Section):
+    """What an update must satisfy beyond the exact shapes that were asked for."""
+
+    max_update_norm: float = Field(1e4, gt=0, description="Frobenius norm of a client's change")
+
+
+class RayConfig(_Section):
+    """The Ray pool."""
+
+    address: str | None = Field(None, description="of a running cluster; default: $RAY_ADDRESS, else start one here")
+    workers: int | None = Field(None, ge=1, description="default: one per two cores, at least 2 where there are 2")
+    num_cpus: float = Field(1, gt=0, description="cores each worker reserves")
+    num_gpus: float = Field(0, ge=0, description="share of a GPU each worker reserves")
+    task_retries: int = Field(1, ge=0, description="times a task is given to another worker when its worker dies")
+
+
+class RunConfig(_Section):
+    """Everything that defines a run."""
+
+    name: str | None = None
+    model: ModelConfig
+    data: DataConfig
+    clients: ClientsConfig = ClientsConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    strategy: str | dict[str, dict[str, Any] | None] = "flexlora"
+    weighting: Literal["examples", "uniform"] = "examples"
+    rounds: int = Field(10, ge=1)
+    seed: int = Field(0, ge=0)
+    pool: Literal["local", "ray"] = "local"
+    ray: RayConfig = RayConfig()
+    threads: int | None = Field(None, ge=1, description="torch threads per worker; default: cores / workers")
+    keep_checkpoints: int = Field(2, ge=1)
+    output_dir: str = "runs/default"
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        problems = []
+        largest = max(_listed_ranks(self.clients.ranks), default=0)
+        if largest > self.lora.r:
+            problems.append(f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r")
+        if not (self.data.name or self.data.train_file or self.data.client_files):
+            problems.append("data needs a name, a train_file or client_files")
+        if self.data.client_files and self.data.train_file:
+            problems.append("data has both train_file and client_files; give one")
+        if isinstance(self.strategy, dict) and len(self.strategy) != 1:
+            problems.append("strategy is a name, or one name with its options")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def strategy_name(self) -> str:
+        """Registered name of the strategy."""
+        return self.strategy if isinstance(self.strategy, str) else next(iter(self.strategy))
+
+    @property
+    def strategy_options(self) -> dict[str, Any]:
+        """Options of the strategy's factory."""
+        return {} if isinstance(self.strategy, str) else dict(next(iter(self.strategy.values())) or {})
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+    def sha256(self) -> str:
+        """Hash of what defines the results: everything but where they are written."""
+        content = {key: value for key, value in self.resolved().items() if key != "output_dir"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that ``load_config`` reads back."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _listed_ranks(ranks: list[int] | dict[str, dict[int, float]] | None) -> list[int]:
+    if isinstance(ranks, dict):
+        return list(next(iter(ranks.values())))
+    return ranks or []
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply ``--set key=value`` overrides.
+
+    Raises:
+        ConfigError: with every problem found, each naming its key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}{nearest(str(path), siblings)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: {path} is not UTF-8 text") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {path} must hold a mapping of keys, not {type(content).__name__}")
+    for override in overrides:
+        _override(content, override)
+    content.setdefault("name", path.stem)
+    content.setdefault("output_dir", f"runs/{content['name']}")
+    return parse_config(content)
+
+
+def parse_config(content: Mapping[str, Any]) -> RunConfig:
+    """Validate plain data.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(*[_sentence(item) for item in error.errors()]) from error
+
+
+def differences(mine: RunConfig, other: RunConfig) -> list[str]:
+    """Dotted keys whose values differ, ``output_dir`` aside."""
+    left, right = dict(_flatten(mine.resolved())), dict(_flatten(other.resolved()))
+    return sorted(key for key in left | right if left.get(key) != right.get(key) and key != "output_dir")
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text}: expected key=value, such as --set training.learning_rate=0.001")
+    *parents, last = key.strip().split(".")
+    node = content
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text}: {parent} is {child!r}, not a section with keys of its own")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML") from error
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    """One problem in our words."""
+    location = [str(part) for part in item["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"config: {key} is not a key{_suggest(location)}"
+    if item["type"] == "missing":
+        return f"config: {key} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"config: {key}: {message}" if key else f"config: {message}"
+    value = str(item["input"])
+    return f"config: {key} is {value[:80]!r}: {message[0].lower()}{message[1:]}"
+
+
+def _suggest(location: list[str]) -> str:
+    """The nearest key in the same section, else the same name in another section."""
+    every = list(known_keys())
+    parent = ".".join(location[:-1])
+    siblings = [key for key in every if key.rpartition(".")[0] == parent]
+    hint = nearest(".".join(location), siblings)
+    if not hint or location[-1] in {key.rpartition(".")[2] for key in every}:
+        same = [key for key in every if key.rpartition(".")[2] == location[-1]]
+        hint = f"; did you mean {same[0]}?" if same else hint
+    return hint or nearest(".".join(location), every)
+
+
+def known_keys() -> Iterator[str]:
+    """Every dotted key of a configuration."""
+    yield from _keys_of(RunConfig, "")
+
+
+def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from _keys_of(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+    return []
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

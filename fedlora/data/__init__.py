@@ -1,0 +1,1 @@
+"""Rows: reading them, dividing them into clients, turning them into tokens."""

@@ -1,0 +1,211 @@
+"""Dividing rows among clients, with flwr-datasets' partitioners."""
+
+import contextlib
+import io
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from fedlora.config import DataConfig, PartitionConfig
+from fedlora.data.sources import Rows, quiet, read_client_files, read_test, read_train
+from fedlora.errors import DataError, nearest
+from fedlora.seeds import derive_seed
+
+_ROW = "__row__"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All rows of a federation.
+
+    Attributes:
+        form: see ``sources``.
+        train: every client's rows in one table.
+        test: the server's rows.
+        shards: client -> indices into ``train`` that it trains on.
+        heldout: client -> indices into ``train`` that it keeps for evaluation.
+        labels: the label set in index order; empty unless ``form`` is classification.
+    """
+
+    form: str
+    train: Dataset
+    test: Dataset
+    shards: Mapping[str, Sequence[int]]
+    heldout: Mapping[str, Sequence[int]]
+    labels: tuple[str, ...]
+
+    def label_counts(self, client: str) -> dict[str, int]:
+        """Rows per label of a client's shard; topics or other keys are not labels."""
+        if not self.labels:
+            return {}
+        column = self.train.select(self.shards[client])["label"]
+        return dict(sorted(Counter(column).items()))
+
+
+def open_corpus(data: DataConfig, count: int, seed: int) -> Corpus:
+    """Read, split and divide the rows.
+
+    Args:
+        data: what to read and how to divide it.
+        count: number of clients, where clients have no files of their own.
+        seed: the run's root seed.
+
+    Raises:
+        DataError: see ``sources``; also empty shards and labels outside the label set.
+    """
+    with quiet():
+        return _open(data, count, seed)
+
+
+def _open(data: DataConfig, count: int, seed: int) -> Corpus:
+    test = read_test(data)
+    if data.client_files:
+        train, shards = _from_files(data)
+    else:
+        train = read_train(data)
+        shards = {}
+    if test is None:
+        train, test, shards = _split_off_test(train, shards, data.test_fraction, seed)
+    if test.form != train.form:
+        raise DataError(f"data: the test rows ({test.origin}) are {test.form}, the training rows {train.form}")
+    if data.max_train_rows and not shards:
+        train = Rows(train.form, _sample(train.table, data.max_train_rows, seed, "train"), train.origin)
+    if not shards:
+        shards = partition(train.table, data.partition, count, seed, train.origin)
+    table = test.table if not data.max_test_rows else _sample(test.table, data.max_test_rows, seed, "test")
+    labels = _label_set(train, test, data) if train.form == "classification" else ()
+    kept, heldout = {}, {}
+    for client, rows in shards.items():
+        order = np.random.default_rng(derive_seed(seed, 0, client, "holdout")).permutation(np.asarray(rows))
+        size = int(len(order) * data.client_holdout)
+        heldout[client], kept[client] = sorted(order[:size].tolist()), sorted(order[size:].tolist())
+    return Corpus(train.form, train.table, table, kept, heldout, labels)
+
+
+def partition(table: Dataset, how: PartitionConfig, count: int, seed: int, origin: str = "data") -> dict[str, list[int]]:
+    """Row indices of every client.
+
+    Returns:
+        ``{"c0": [...], ...}``, or the values of the ``by`` column as names for ``natural``.
+
+    Raises:
+        DataError: unknown column, more clients than rows, or a client that would be left without rows.
+    """
+    column = how.by or ("label" if "label" in table.column_names else None)
+    if how.method not in ("iid", "sizes", "linear", "square", "exponential"):
+        if column is None:
+            raise DataError(f"data.partition: {how.method} needs data.partition.by, a column of {table.column_names}")
+        if column not in table.column_names:
+            raise DataError(
+                f"data.partition.by: {origin} has no column {column}{nearest(column, table.column_names)}"
+                f" (columns: {table.column_names})"
+            )
+    if len(table) < count:
+        raise DataError(f"data: {len(table)} rows of {origin} cannot be divided among {count} clients; lower clients.count")
+    partitioner = _partitioner(how, column, count, derive_seed(seed, 0, "", "partition") % 2**32)
+    columns = {_ROW: list(range(len(table)))} | ({column: table[column][:]} if column else {})
+    partitioner.dataset = Dataset.from_dict(columns)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar with no switch of its own
+            parts = [partitioner.load_partition(i)[_ROW] for i in range(partitioner.num_partitions)]
+    except (ValueError, RuntimeError) as error:
+        cause = " ".join(str(error).split())
+        raise DataError(
+            f"data.partition: {how.method} over {count} clients failed: {cause[:200]}. Raise alpha, lower"
+            " clients.count, or lower data.partition.min_rows"
+        ) from error
+    if how.method == "natural":
+        ids = partitioner.partition_id_to_natural_id
+        names = [str(ids[i]) for i in range(len(parts))]
+    else:
+        names = [f"c{i}" for i in range(len(parts))]
+    shards = {name: [int(row) for row in part] for name, part in zip(names, parts, strict=True)}
+    empty = sorted(name for name, rows in shards.items() if not rows)
+    if empty:
+        raise DataError(f"data.partition: client {empty[0]} gets no rows from {how.method} ({len(empty)} such clients)")
+    return shards
+
+
+def _partitioner(how: PartitionConfig, column: str | None, count: int, seed: int) -> Any:
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when the package is imported: nothing leaves this machine
+    from flwr_datasets import partitioner as flwr
+
+    if how.method == "dirichlet":
+        return flwr.DirichletPartitioner(count, column, how.alpha, min_partition_size=how.min_rows, seed=seed)
+    if how.method == "natural":
+        return flwr.NaturalIdPartitioner(column)
+    if how.method == "pathological":
+        return flwr.PathologicalPartitioner(count, column, how.classes_per_client, "random", shuffle=True, seed=seed)
+    if how.method == "shards":
+        return flwr.ShardPartitioner(count, column, num_shards_per_partition=how.shards_per_client, seed=seed)
+    if how.method == "sizes":
+        if not how.sizes:
+            raise DataError("data.partition: sizes needs data.partition.sizes, the rows of each client")
+        return flwr.SizePartitioner(how.sizes)
+    simple = {
+        "iid": flwr.IidPartitioner,
+        "linear": flwr.LinearPartitioner,
+        "square": flwr.SquarePartitioner,
+        "exponential": flwr.ExponentialPartitioner,
+    }
+    return simple[how.method](count)
+
+
+def _from_files(data: DataConfig) -> tuple[Rows, dict[str, list[int]]]:
+    silos = read_client_files(data)
+    forms = {rows.form for rows in silos.values()}
+    if len(forms) > 1:
+        detail = ", ".join(f"{client}: {rows.form}" for client, rows in silos.items())
+        raise DataError(f"data.client_files: all clients need rows of one form ({detail})")
+    shared = set.intersection(*(set(rows.table.column_names) for rows in silos.values()))
+    tables, shards, start = [], {}, 0
+    for client, rows in silos.items():
+        tables.append(rows.table.select_columns(sorted(shared)))
+        shards[client] = list(range(start, start + len(rows.table)))
+        start += len(rows.table)
+    return Rows(forms.pop(), concatenate_datasets(tables), "data.client_files"), shards
+
+
+def _split_off_test(
+    train: Rows, shards: dict[str, list[int]], fraction: float, seed: int
+) -> tuple[Rows, Rows, dict[str, list[int]]]:
+    """Hold out a seeded share: of every client's own rows where clients have files, else of all rows."""
+    draw = np.random.default_rng(derive_seed(seed, 0, "", "test split"))
+    groups: dict[Any, list[int]] = dict(shards)
+    if not groups:
+        keys = train.table["label"] if train.form == "classification" else [None] * len(train.table)
+        for row, key in enumerate(keys):
+            groups.setdefault(key, []).append(row)
+    held = sorted(
+        row for rows in groups.values() for row in draw.permutation(rows)[: max(int(len(rows) * fraction), 0)].tolist()
+    )
+    if not held:
+        raise DataError(f"data: {len(train.table)} rows of {train.origin} are too few to hold out a test set; give data.test_file")
+    taken = set(held)
+    kept = [row for row in range(len(train.table)) if row not in taken]
+    position = {row: index for index, row in enumerate(kept)}
+    moved = {client: [position[row] for row in rows if row not in taken] for client, rows in shards.items()}
+    test = Rows(train.form, train.table.select(held), f"{train.origin} (held out)")
+    return Rows(train.form, train.table.select(kept), train.origin), test, moved
+
+
+def _sample(table: Dataset, size: int, seed: int, purpose: str) -> Dataset:
+    order = np.random.default_rng(derive_seed(seed, 0, "", f"sample {purpose}")).permutation(len(table))
+    return table.select(sorted(order[:size].tolist()))
+
+
+def _label_set(train: Rows, test: Rows, data: DataConfig) -> tuple[str, ...]:
+    labels = tuple(data.labels) if data.labels else tuple(sorted(set(train.table["label"])))
+    for rows in (train, test):
+        for row, label in enumerate(rows.table["label"]):
+            if label not in labels:
+                raise DataError(
+                    f"data: row {row} of {rows.origin} has the label {label!r}, which is not in the label set of"
+                    f" {len(labels)}{nearest(label, labels)}"
+                )
+    return labels

@@ -1,0 +1,216 @@
+"""What crosses between the control plane, the clients and the algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState
+
+PARTS = frozenset({"A", "B", "dense"})
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """A registered client: what the server may know about it.
+
+    Attributes:
+        id: unique name.
+        rank: LoRA rank it trains at.
+        num_examples: rows it trains on; also the most it may claim as a weight.
+        num_heldout: rows it keeps for evaluation.
+        label_counts: rows per label for the partition summary; empty where clients keep it private.
+    """
+
+    id: str
+    rank: int
+    num_examples: int
+    num_heldout: int = 0
+    label_counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class BaseInfo:
+    """The frozen base model as the server needs to know it.
+
+    Attributes:
+        fingerprint: hash of architecture, precision and weights.
+        sites: (out, in) of every adapted module by path.
+        dense: initial values of the tensors trained in full.
+        num_parameters: of the base alone.
+    """
+
+    fingerprint: str
+    sites: Mapping[str, tuple[int, int]]
+    dense: Mapping[str, Tensor]
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a strategy asks of one client in one round.
+
+    Attributes:
+        rank: rank of the adapter it receives.
+        train: parts that get gradients, of ``{"A", "B", "dense"}``.
+        send: parts whose delta travels back.
+    """
+
+    rank: int
+    train: frozenset[str] = PARTS
+    send: frozenset[str] = PARTS
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One piece of work, complete: any runtime can execute it and any log can replay it.
+
+    Attributes:
+        round: 1-based number of the round.
+        client: who trains.
+        plan: what is trained and sent.
+        adapter: wire bytes of the adapter as this client receives it.
+        received: SHA-256 of ``adapter``; the answer quotes it.
+        seed: of batch order and dropout.
+    """
+
+    round: int
+    client: str
+    plan: TrainPlan
+    adapter: bytes
+    received: str
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class ClientUpdate:
+    """A client's answer.
+
+    Attributes:
+        client, round, received: quoted from the task.
+        delta: trained minus received, by tensor name (see ``AdapterState.tensors``); only the parts
+            that travel are present.
+        num_examples: rows of the client's shard, the aggregation weight.
+        metrics: finite numbers, such as ``loss``, ``steps``, ``tokens``.
+        wire_bytes: size of the message as it travelled.
+    """
+
+    client: str
+    round: int
+    received: str
+    delta: Mapping[str, Tensor]
+    num_examples: int
+    metrics: Mapping[str, float]
+    wire_bytes: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a pool yields for one task: a message, or why there is none.
+
+    Attributes:
+        payload: wire bytes of a ``ClientUpdate``, unchecked.
+        error: one sentence when the client failed; ``traceback`` for the journal.
+    """
+
+    client: str
+    payload: bytes | None = None
+    error: str | None = None
+    traceback: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """Score an adapter on held-out rows.
+
+    Attributes:
+        subject: a client id for its own held-out rows, or ``""`` for the server's test set.
+        adapter: wire bytes.
+        shard, num_shards: every ``num_shards``-th row from ``shard``.
+    """
+
+    subject: str
+    adapter: bytes
+    shard: int = 0
+    num_shards: int = 1
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sums, so that shards add up.
+
+    Attributes:
+        loss_sum: summed over ``num_targets``.
+        num_targets: labels scored: rows for a classifier, answer tokens for a language model.
+        num_correct: rows right: the label, or every answer token under greedy decoding.
+        num_examples: rows.
+    """
+
+    subject: str
+    loss_sum: float
+    num_targets: int
+    num_correct: int
+    num_examples: int
+    error: str | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per target in nats."""
+        return self.loss_sum / max(self.num_targets, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows right: accuracy of a classifier, exact match of a language model."""
+        return self.num_correct / max(self.num_examples, 1)
+
+    def __add__(self, other: EvalResult) -> EvalResult:
+        return EvalResult(
+            self.subject,
+            self.loss_sum + other.loss_sum,
+            self.num_targets + other.num_targets,
+            self.num_correct + other.num_correct,
+            self.num_examples + other.num_examples,
+            self.error or other.error,
+        )
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """One worker process: for the journal and the summary."""
+
+    pid: int
+    base_loads: int
+    threads: int
+    peak_rss_mb: float
+
+
+class ClientPool(Protocol):
+    """Where clients run: this process, Ray, or elsewhere. All implementations pass one suite."""
+
+    def members(self) -> Sequence[ClientInfo]:
+        """Every registered client, in a fixed order."""
+        ...
+
+    def base(self) -> BaseInfo:
+        """The base model that all members share."""
+        ...
+
+    def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        """Execute tasks; yields one reply per task, in order of arrival."""
+        ...
+
+    def evaluate(self, tasks: Sequence[EvalTask]) -> Iterator[EvalResult]:
+        """Score adapters; yields one result per task, in order of arrival."""
+        ...
+
+    def stats(self) -> Sequence[WorkerStats]:
+        """What the workers report of themselves."""
+        ...
+
+    def close(self) -> None:
+        """Release every process and model. Safe to call twice."""
+        ...

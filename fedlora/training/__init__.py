@@ -1,0 +1,1 @@
+"""Local training: the base model, batches, the loop of one client, evaluation."""

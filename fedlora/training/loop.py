@@ -1,0 +1,107 @@
+"""Local training of one client: a plain PyTorch loop under the Trainer's option names."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import get_scheduler
+
+from fedlora.config import TrainingConfig
+from fedlora.data.text import Example
+from fedlora.errors import FedLoRAError
+from fedlora.seeds import derive_seed
+from fedlora.training.batches import batch_indices, collate, steps_of
+from fedlora.training.objective import targets_and_logits
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client did: optimizer steps, non-padding tokens and rows seen, mean loss over its steps."""
+
+    steps: int
+    tokens: int
+    rows: int
+    loss: float
+    first_loss: float
+
+
+def train(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    options: TrainingConfig,
+    seed: int,
+    pad_token_id: int,
+) -> LocalResult:
+    """Train ``parameters`` of ``model`` in place on one client's rows.
+
+    Args:
+        model: runs the batch; only ``parameters`` may need gradients.
+        parameters: what the optimizer owns.
+        examples: at least one row. Fewer rows than a batch make one smaller batch.
+        options: learning rate, steps or epochs, clipping and so on.
+        seed: of batch order and dropout; equal seeds give equal results on equal hardware.
+        pad_token_id: of the tokenizer.
+
+    Raises:
+        FedLoRAError: if the loss stops being a number.
+    """
+    device = parameters[0].device
+    accumulation = options.gradient_accumulation_steps
+    steps = steps_of(
+        len(examples), options.per_device_train_batch_size, accumulation, options.max_steps, options.num_train_epochs
+    )
+    optimizer = _optimizer(parameters, options)
+    scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, steps)
+    stream = _endless(examples, options, seed)
+    losses, tokens, rows = [], 0, 0
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, 0, "", "dropout"))
+        for step in range(steps):
+            parts = list(itertools.islice(stream, accumulation))
+            # every row of the step weighs the same, however rows fall into micro-batches
+            total = sum(len(part) for part in parts)
+            loss_sum = torch.zeros((), device=device)
+            for part in parts:
+                batch = collate(part, pad_token_id, device)
+                logits, targets, _ = targets_and_logits(model, batch)
+                loss = cross_entropy(logits, targets) * (len(part) / total)
+                loss.backward()
+                loss_sum += loss.detach()
+                tokens += int(batch["attention_mask"].sum())
+                rows += len(part)
+            losses.append(float(loss_sum))
+            if not math.isfinite(losses[-1]):
+                raise FedLoRAError(f"the loss became {losses[-1]} at step {step + 1} of {steps}; lower training.learning_rate")
+            if options.max_grad_norm:
+                nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+    return LocalResult(steps, tokens, rows, sum(losses) / len(losses), losses[0])
+
+
+def _endless(examples: Sequence[Example], options: TrainingConfig, seed: int) -> Iterator[list[Example]]:
+    lengths = [len(example.input_ids) for example in examples]
+    for epoch in itertools.count():
+        order = derive_seed(seed, epoch, "", "batches")
+        for rows in batch_indices(lengths, options.per_device_train_batch_size, order, options.group_by_length):
+            yield [examples[row] for row in rows]
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], options: TrainingConfig) -> torch.optim.Optimizer:
+    if options.optim == "sgd":
+        return torch.optim.SGD(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+    )

@@ -1,0 +1,303 @@
+"""The frozen base model: load, quantise, find where adapters go, attach them at any rank."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads and forked workers deadlock
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapter.peft import extract
+from fedlora.errors import ModelError, nearest
+from fedlora.protocol import BaseInfo
+from fedlora.seeds import derive_seed
+from fedlora.training.builtin import resolve
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at every import
+HEADS = ("classifier", "score", "classification_head")
+TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which model, and for what.
+
+    Attributes:
+        name: hub name, path or builtin.
+        task: ``sequence-classification`` or ``causal-lm``.
+        labels: label set of a classifier in index order.
+        seed: of a new classification head.
+    """
+
+    name: str
+    task: str
+    labels: tuple[str, ...] = ()
+    dtype: str = "auto"
+    quantization: str = "none"
+    revision: str | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Where adapters go and how they scale; PEFT's names."""
+
+    target_modules: tuple[str, ...] | str
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+
+
+@dataclass
+class Base:
+    """A loaded base model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    fingerprint: str
+
+
+class AdaptedModel:
+    """One base model that carries one adapter per distinct rank; the base is shared by all."""
+
+    def __init__(self, base: Base, spec: AdapterSpec, task: str):
+        self.base = base
+        self.spec = spec
+        self._task = task
+        self._sites = find_sites(base.model, spec.target_modules)
+        self._saved = list(spec.modules_to_save or find_heads(base.model, task))
+        self._peft: Any = None
+
+    def info(self) -> BaseInfo:
+        """What the server needs to know of the base."""
+        parameters = sum(p.numel() for name, p in self.base.model.named_parameters() if ".lora_" not in name)
+        state = extract(self.at_rank(1), "r1")
+        if set(state.modules) != set(self._sites):
+            raise ModelError(f"target_modules: adapters went to {sorted(state.modules)}, not {sorted(self._sites)}")
+        return BaseInfo(self.base.fingerprint, self._sites, state.dense, parameters)
+
+    def at_rank(self, rank: int) -> Any:
+        """The PeftModel with the adapter ``r<rank>`` active; nothing is trainable yet."""
+        name = f"r{rank}"
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=self.spec.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=self.spec.lora_dropout,
+            use_rslora=self.spec.use_rslora,
+            use_dora=self.spec.use_dora,
+            target_modules=sorted(self._sites),
+            modules_to_save=self._saved or None,
+            task_type=TASK_TYPES[self._task],
+        )
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # PEFT warns of settings that are deliberate here
+            if self._peft is None:
+                self._peft = get_peft_model(self.base.model, config, adapter_name=name)
+            elif name not in self._peft.peft_config:
+                self._peft.add_adapter(name, config)
+        self._peft.set_adapter(name)
+        self._peft.to(self.base.device)
+        self._peft.requires_grad_(False)
+        return self._peft
+
+
+def load_base(spec: BaseSpec) -> Base:
+    """Load the model and its tokenizer.
+
+    A new classification head is initialised from ``spec.seed``, so every worker has the same one.
+
+    Raises:
+        ModelError: if the model is not there, or cannot be loaded as asked.
+    """
+    path = resolve(spec.name)
+    device = _device(spec.device)
+    options: dict[str, Any] = {"dtype": _dtype(spec.dtype, device), "revision": spec.revision}
+    if spec.quantization == "nf4":
+        options["quantization_config"] = _nf4(device)
+        options["device_map"] = {"": str(device)}
+    with _loading(spec.name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(spec.seed, 0, "", "head"))
+        model: Any
+        if spec.task == "sequence-classification":
+            names = dict(enumerate(spec.labels))
+            options |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(names), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=spec.revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if spec.quantization == "none":
+        model.to(device)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights in place for a bf16 kernel the first time a CPU evaluates: training
+        # after an evaluation would then differ from training before it, and small layers fail outright
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    return Base(model, tokenizer, device, fingerprint(model))
+
+
+def outline(spec: BaseSpec) -> Any:
+    """The model without weights, on the meta device: enough to check names and sizes.
+
+    Raises:
+        ModelError: if the model is not there.
+    """
+    path = resolve(spec.name)
+    with _loading(spec.name):
+        config = AutoConfig.from_pretrained(path, revision=spec.revision)
+        if spec.task == "sequence-classification":
+            config.num_labels = max(len(spec.labels), 2)
+        kind: Any = (
+            AutoModelForSequenceClassification if spec.task == "sequence-classification" else AutoModelForCausalLM
+        )
+        with torch.device("meta"):
+            return kind.from_config(config)
+
+
+def find_sites(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module that gets an adapter, by path.
+
+    Args:
+        model: the base.
+        targets: module names or path suffixes, a regular expression over whole paths, or ``all-linear``
+            (every linear layer but the output head), as in PEFT.
+
+    Raises:
+        ModelError: for a name that matches nothing, or a module that is not linear.
+    """
+    layers = {name: size for name, module in model.named_modules() if (size := _linear_size(module)) is not None}
+    heads = {id(module) for module in [getattr(model, "get_output_embeddings", lambda: None)()] if module is not None}
+    inner = {
+        name: size
+        for name, size in layers.items()
+        if id(model.get_submodule(name)) not in heads and name.split(".")[0] not in HEADS
+    }
+    if targets == "all-linear":
+        return inner
+    if isinstance(targets, str):
+        chosen = {name: size for name, size in inner.items() if re.fullmatch(targets, name)}
+        if not chosen:
+            raise ModelError(f"lora.target_modules: the pattern {targets} matches no linear layer{_names(inner)}")
+        return chosen
+    chosen = {}
+    for target in targets:
+        found = {name: size for name, size in inner.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            short = sorted({name.rpartition(".")[2] for name in inner})
+            raise ModelError(
+                f"lora.target_modules: no linear layer is called {target}{nearest(target, short, 3)}{_names(inner)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def check_rank(sites: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """Raise ``ModelError`` if a rank is larger than a layer it is meant for."""
+    for path, size in sites.items():
+        if rank > min(size):
+            raise ModelError(
+                f"{path}: rank {rank} is larger than the layer ({size[0]} x {size[1]}); use at most {min(size)}"
+            )
+
+
+def find_heads(model: nn.Module, task: str) -> list[str]:
+    """Names of the new layers that are trained in full: the head of a classifier."""
+    if task != "sequence-classification":
+        return []
+    return [name for name, _ in model.named_children() if name in HEADS]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes, precision and a sample of every tensor of the base, new heads left out.
+
+    Up to 1,024 values spread over each tensor are hashed, so that a 7B model takes seconds.
+    """
+    total = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.split(".")[0] in HEADS:
+            continue
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
+        total.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(picked.view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _linear_size(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):  # bitsandbytes' layers are subclasses
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return None
+
+
+def _names(layers: Mapping[str, Any]) -> str:
+    short = sorted({name.rpartition(".")[2] for name in layers})
+    return f" (linear layers of this model: {', '.join(short[:12])})"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is cuda, but torch finds no GPU; use auto or cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        # on a CPU bf16 is slower than fp32 even where the instructions exist
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _nf4(device: torch.device) -> Any:
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype("auto", device),
+        llm_int8_skip_modules=["lm_head", *HEADS],  # new heads are trained, so they stay in full precision
+    )
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Quiet loading; whatever goes wrong becomes one sentence."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = " (a path that does not exist is looked up on the hub)" if isinstance(error, OSError) else ""
+        raise ModelError(f"model.name: cannot load {name}: {cause[:300]}{hint}") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
