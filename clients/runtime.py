@@ -102,12 +102,12 @@ class ClientRuntime:
 
     def _model(self) -> AdaptedModel:
         if self._adapted is None:
-            self._adapted = AdaptedModel(self._load(), adapter_spec(self._config), task_of(self._config, self.corpus))
+            self._adapted = AdaptedModel(self._load(), adapter_spec(self._config))
         return self._adapted
 
     def _load(self) -> Base:
         self.base_loads += 1
-        return load_base(base_spec(self._config, self.corpus))
+        return load_base(base_spec(self._config, task_of(self._config, self.corpus), self.corpus.labels))
 
     def _heldout_rows(self, client: str) -> int:
         limit = self._config.evaluation.max_rows_per_client
@@ -143,13 +143,13 @@ def task_of(config: RunConfig, corpus: Corpus) -> str:
     return natural
 
 
-def base_spec(config: RunConfig, corpus: Corpus) -> BaseSpec:
+def base_spec(config: RunConfig, task: str, labels: tuple[str, ...]) -> BaseSpec:
     """The base model of a run."""
     model = config.model
     return BaseSpec(
         name=model.name,
-        task=task_of(config, corpus),
-        labels=corpus.labels,
+        task=task,
+        labels=labels,
         dtype=model.dtype,
         quantization=model.quantization,
         revision=model.revision,

@@ -37,12 +37,16 @@ class BaseInfo:
     """The frozen base model as the server needs to know it.
 
     Attributes:
+        task: ``sequence-classification`` or ``causal-lm``.
+        labels: the label set of a classifier in index order.
         fingerprint: hash of architecture, precision and weights.
         sites: (out, in) of every adapted module by path.
         dense: initial values of the tensors trained in full.
         num_parameters: of the base alone.
     """
 
+    task: str
+    labels: tuple[str, ...]
     fingerprint: str
     sites: Mapping[str, tuple[int, int]]
     dense: Mapping[str, Tensor]
@@ -191,6 +195,11 @@ class WorkerStats:
 class ClientPool(Protocol):
     """Where clients run: this process, Ray, or elsewhere. All implementations pass one suite."""
 
+    @property
+    def workers(self) -> int:
+        """How many tasks are executed at the same time."""
+        ...
+
     def members(self) -> Sequence[ClientInfo]:
         """Every registered client, in a fixed order."""
         ...
@@ -203,8 +212,8 @@ class ClientPool(Protocol):
         """Execute tasks; yields one reply per task, in order of arrival."""
         ...
 
-    def evaluate(self, tasks: Sequence[EvalTask]) -> Iterator[EvalResult]:
-        """Score adapters; yields one result per task, in order of arrival."""
+    def evaluate(self, tasks: Sequence[EvalTask]) -> list[EvalResult]:
+        """Score adapters; one result per task, in the order of the tasks."""
         ...
 
     def stats(self) -> Sequence[WorkerStats]:

@@ -1,0 +1,1 @@
+"""The control plane: rounds, pools, what a run leaves behind, and the command line."""

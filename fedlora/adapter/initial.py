@@ -36,7 +36,9 @@ def initial_adapter(
     modules = {}
     for path, (rows, columns) in sorted(sites.items()):
         if not 1 <= rank <= min(rows, columns):
-            raise RankError(f"{path}: rank {rank} does not fit a {rows} x {columns} layer; use 1 to {min(rows, columns)}")
+            raise RankError(
+                f"{path}: rank {rank} does not fit a {rows} x {columns} layer; use 1 to {min(rows, columns)}"
+            )
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "", f"init:{path}"))
         if init == "kaiming":
             A = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)

@@ -97,7 +97,9 @@ def revive(state: AdapterState, fresh: AdapterState) -> AdapterState:
         dead = (update.B == 0).all(dim=0) & (update.A == 0).all(dim=1)
         if not dead.any():
             return update
-        return LowRank(update.B, torch.where(dead[:, None], spare[: update.rank].to(update.A.dtype), update.A))
+        return LowRank(
+            update.B, torch.where(dead[:, None], spare[: update.rank].to(update.A.dtype), update.A)
+        )
 
     modules = {path: one(update, fresh.modules[path].A) for path, update in state.modules.items()}
     return AdapterState(modules, state.dense)

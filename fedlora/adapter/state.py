@@ -81,7 +81,8 @@ class AdapterState:
         Raises:
             AdapterError: for a module with only one factor, or a name of another form.
         """
-        dense, factors = {}, {}
+        dense: dict[str, Tensor] = {}
+        factors: dict[str, dict[str, Tensor]] = {}
         for name, tensor in flat.items():
             path, separator, part = name.rpartition(":")
             if not separator or (path and part not in ("A", "B")):
@@ -112,7 +113,7 @@ class AdapterState:
                 problem = "is missing" if name in theirs else "is not part of this adapter"
                 raise AdapterError(f"{name}: {kind} of {whose} {problem}")
             for name in mine:
-                if mine[name].shape != theirs[name].shape:  # type: ignore[index]
+                if mine[name].shape != theirs[name].shape:
                     raise AdapterError(
-                        f"{name}: {whose} sent {tuple(mine[name].shape)}, expected {tuple(theirs[name].shape)}"  # type: ignore[index]
+                        f"{name}: {whose} sent {tuple(mine[name].shape)}, expected {tuple(theirs[name].shape)}"
                     )

@@ -71,7 +71,13 @@ def decode_update(payload: bytes, max_bytes: int | None = None) -> ClientUpdate:
     if max_bytes is not None and len(payload) > max_bytes:
         raise WireError(f"message of {len(payload)} bytes; at most {max_bytes} were expected")
     note, tensors = _decode(payload, "update")
-    for key, kind in (("client", str), ("round", int), ("received", str), ("num_examples", int), ("metrics", dict)):
+    for key, kind in (
+        ("client", str),
+        ("round", int),
+        ("received", str),
+        ("num_examples", int),
+        ("metrics", dict),
+    ):
         if not isinstance(note.get(key), kind) or isinstance(note.get(key), bool):
             raise WireError(f"{key} is {note.get(key)!r}; expected {kind.__name__}")
     for key, value in note["metrics"].items():
@@ -118,7 +124,9 @@ def _check_header(payload: bytes) -> dict[str, Any]:
         raise WireError(f"message of {len(payload)} bytes is too short")
     (length,) = struct.unpack("<Q", payload[:8])
     if length > min(MAX_HEADER_BYTES, len(payload) - 8):
-        raise WireError("header is longer than the message or the limit; the message is truncated or not safetensors")
+        raise WireError(
+            "header is longer than the message or the limit; the message is truncated or not safetensors"
+        )
     try:
         header = json.loads(payload[8 : 8 + length])
         note = json.loads(header.pop("__metadata__")["fedlora"])

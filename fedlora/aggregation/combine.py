@@ -14,7 +14,9 @@ from fedlora.protocol import ClientInfo
 def apply_delta(received: AdapterState, delta: Mapping[str, Tensor]) -> AdapterState:
     """The client's adapter after training: received plus delta; parts that did not travel stay."""
     flat = received.tensors()
-    return AdapterState.from_tensors({name: flat[name] + delta[name] if name in delta else flat[name] for name in flat})
+    return AdapterState.from_tensors(
+        {name: flat[name] + delta[name] if name in delta else flat[name] for name in flat}
+    )
 
 
 def make_delta(received: AdapterState, trained: AdapterState, send: frozenset[str]) -> dict[str, Tensor]:
@@ -41,9 +43,7 @@ def combine(
     if not total > 0:
         raise RoundError(f"round {ctx.round}: no update carries any weight ({len(updates)} admitted)")
     ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client.id)
-    normalised = [
-        Contribution(u.client, u.weight / total, u.trained, u.received, u.metrics) for u in ordered
-    ]
+    normalised = [Contribution(u.client, u.weight / total, u.trained, u.received, u.metrics) for u in ordered]
     return strategy.aggregate(normalised, ctx, state)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import warnings
@@ -27,7 +26,6 @@ from fedlora.protocol import BaseInfo
 from fedlora.seeds import derive_seed
 from fedlora.training.builtin import resolve
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at every import
 HEADS = ("classifier", "score", "classification_head")
 TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
@@ -69,6 +67,7 @@ class AdapterSpec:
 class Base:
     """A loaded base model with its tokenizer."""
 
+    spec: BaseSpec
     model: Any
     tokenizer: Any
     device: torch.device
@@ -78,12 +77,11 @@ class Base:
 class AdaptedModel:
     """One base model that carries one adapter per distinct rank; the base is shared by all."""
 
-    def __init__(self, base: Base, spec: AdapterSpec, task: str):
+    def __init__(self, base: Base, spec: AdapterSpec):
         self.base = base
         self.spec = spec
-        self._task = task
         self._sites = find_sites(base.model, spec.target_modules)
-        self._saved = list(spec.modules_to_save or find_heads(base.model, task))
+        self._saved = list(spec.modules_to_save or find_heads(base.model, base.spec.task))
         self._peft: Any = None
 
     def info(self) -> BaseInfo:
@@ -92,7 +90,8 @@ class AdaptedModel:
         state = extract(self.at_rank(1), "r1")
         if set(state.modules) != set(self._sites):
             raise ModelError(f"target_modules: adapters went to {sorted(state.modules)}, not {sorted(self._sites)}")
-        return BaseInfo(self.base.fingerprint, self._sites, state.dense, parameters)
+        spec = self.base.spec
+        return BaseInfo(spec.task, spec.labels, self.base.fingerprint, self._sites, state.dense, parameters)
 
     def at_rank(self, rank: int) -> Any:
         """The PeftModel with the adapter ``r<rank>`` active; nothing is trainable yet."""
@@ -105,7 +104,7 @@ class AdaptedModel:
             use_dora=self.spec.use_dora,
             target_modules=sorted(self._sites),
             modules_to_save=self._saved or None,
-            task_type=TASK_TYPES[self._task],
+            task_type=TASK_TYPES[self.base.spec.task],
         )
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # PEFT warns of settings that are deliberate here
@@ -155,7 +154,7 @@ def load_base(spec: BaseSpec) -> Base:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    return Base(model, tokenizer, device, fingerprint(model))
+    return Base(spec, model, tokenizer, device, fingerprint(model))
 
 
 def outline(spec: BaseSpec) -> Any:

@@ -1,0 +1,57 @@
+"""A Ray worker: the shared runtime behind an actor."""
+
+import os
+import traceback
+from typing import Any
+
+import ray
+
+
+@ray.remote
+class RayWorker:
+    """Loads the base once and executes tasks of any client."""
+
+    def __init__(self, config: dict[str, Any], threads: int):
+        self._config, self._threads = config, threads
+        self._opened: Any = None
+
+    @property
+    def _runtime(self) -> Any:
+        # opened by the first call, not the constructor: an error of ours then reaches the driver as itself
+        if self._opened is None:
+            from clients.runtime import ClientRuntime
+            from fedlora.config import parse_config
+
+            self._opened = ClientRuntime(parse_config(self._config), self._threads)
+        return self._opened
+
+    def pid(self) -> int:
+        """Process id, for the journal and for tests that kill it."""
+        return os.getpid()
+
+    def members(self) -> list[Any]:
+        return self._runtime.members()
+
+    def base(self) -> Any:
+        return self._runtime.base()
+
+    def stats(self) -> Any:
+        return self._runtime.stats()
+
+    def train(self, adapter: bytes, task: Any) -> tuple[bytes | None, str | None, str | None]:
+        """(payload, error, traceback). The adapter comes as its own argument: one object for many tasks."""
+        from dataclasses import replace
+
+        from fedlora.errors import FedLoRAError
+
+        try:
+            return self._runtime.train(replace(task, adapter=adapter)), None, None
+        except FedLoRAError as error:
+            return None, str(error), None
+        except Exception as error:  # noqa: BLE001 - one client's failure must not end the run
+            return None, f"{type(error).__name__}: {error}", traceback.format_exc()
+
+    def evaluate(self, adapter: bytes, task: Any) -> Any:
+        from dataclasses import replace
+
+        return self._runtime.evaluate(replace(task, adapter=adapter))

@@ -1,0 +1,72 @@
+"""Admission: a client's update is hostile input until it has passed here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapter.state import AdapterState
+from fedlora.adapter.wire import decode_update
+from fedlora.aggregation.combine import part_of
+from fedlora.errors import UpdateRefused, WireError
+from fedlora.protocol import ClientInfo, ClientUpdate, TrainTask
+
+_SLACK = 64 << 10  # header, names and metrics of a message
+
+
+@dataclass(frozen=True, eq=False)
+class Expectation:
+    """What the answer to one task must look like.
+
+    Attributes:
+        client: who was asked; ``num_examples`` it registered is the most it may claim.
+        task: what was asked.
+        received: the adapter it was sent, decoded.
+        max_norm: largest Frobenius norm of its change.
+    """
+
+    client: ClientInfo
+    task: TrainTask
+    received: AdapterState
+    max_norm: float
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor that travels back."""
+        flat = self.received.tensors()
+        return {name: tuple(t.shape) for name, t in flat.items() if part_of(name) in self.task.plan.send}
+
+
+def admit(payload: bytes, expected: Expectation) -> ClientUpdate:
+    """Decode and check one answer.
+
+    Raises:
+        UpdateRefused: with the first reason found. It costs that client's update of this round, never more.
+    """
+    size = sum(4 * t.numel() for t in expected.received.tensors().values())
+    try:
+        update = decode_update(payload, max_bytes=2 * size + _SLACK)
+    except WireError as error:
+        raise UpdateRefused(f"not a valid message: {error}") from error
+    task = expected.task
+    if update.client != task.client:
+        raise UpdateRefused(f"signed {update.client[:80]!r}, but the task was for {task.client}")
+    if update.round != task.round or update.received != task.received:
+        raise UpdateRefused(f"belongs to round {update.round}, not to what was sent in round {task.round} (replayed?)")
+    if not 0 < update.num_examples <= expected.client.num_examples:
+        raise UpdateRefused(
+            f"claims {update.num_examples} examples; the client registered {expected.client.num_examples}"
+        )
+    shapes = expected.shapes
+    for name in sorted(set(shapes) ^ set(update.delta)):
+        raise UpdateRefused(f"tensor {name[:120]} " + ("is missing" if name in shapes else "was not asked for"))
+    for name, shape in shapes.items():
+        # exact, never broadcast: a [1, 8] would silently stretch over [16, 8]
+        if tuple(update.delta[name].shape) != shape:
+            raise UpdateRefused(f"{name} has shape {list(update.delta[name].shape)}, expected {list(shape)}")
+        if not torch.isfinite(update.delta[name]).all():
+            raise UpdateRefused(f"{name} has values that are not finite")
+    norm = sum(float(t.double().square().sum()) for t in update.delta.values()) ** 0.5
+    if norm > expected.max_norm:
+        raise UpdateRefused(f"norm of the change is {norm:.3g}, above admission.max_update_norm={expected.max_norm:g}")
+    return update

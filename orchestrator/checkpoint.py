@@ -1,0 +1,97 @@
+"""Checkpoints: written aside, synced, renamed into place, and verified by hash before they are believed."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+
+from fedlora.errors import CheckpointError
+from orchestrator.failpoints import reach
+from orchestrator.state import RunState, pack, unpack
+from orchestrator.stores.files import sync_folder, write_atomic, writing
+
+_STATE, _TENSORS, _MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
+
+
+def commit(folder: Path, state: RunState, keep: int) -> None:
+    """Make a round durable: after this returns, a crash loses nothing of it.
+
+    Raises:
+        RunFolderError: if the disk refuses; older checkpoints are untouched.
+    """
+    root = folder / "checkpoints"
+    target = root / _name(state.round)
+    scratch = root / f".{target.name}.{os.getpid()}"
+    note, tensors = pack(state)
+    files = {
+        _TENSORS: safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}),
+        _STATE: json.dumps(note, indent=1).encode(),
+    }
+    manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[_MANIFEST] = json.dumps(manifest, indent=1).encode()
+    with writing(target):
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".round-*"):
+            shutil.rmtree(leftover)
+        scratch.mkdir()
+        for name, content in files.items():
+            write_atomic(scratch / name, content)
+            reach("commit.writing", state.round)
+        sync_folder(scratch)
+        reach("commit.written", state.round)
+        if target.exists():  # a damaged one that was passed over when the run was resumed
+            shutil.rmtree(target)
+        scratch.rename(target)
+        sync_folder(root)
+        reach("commit.renamed", state.round)
+        # prune only after the rename: a crash in between must leave a loadable checkpoint
+        for old in sorted(root.glob("round-*"))[:-keep]:
+            shutil.rmtree(old)
+    reach("commit.pruned", state.round)
+
+
+def load_latest(folder: Path) -> tuple[RunState | None, list[str]]:
+    """The newest checkpoint that verifies, and a sentence for each newer one that does not.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none can be used.
+    """
+    problems: list[str] = []
+    for path in sorted((folder / "checkpoints").glob("round-*"), reverse=True):
+        try:
+            return load(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("no usable checkpoint: " + "; ".join(problems))
+    return None, []
+
+
+def load(path: Path) -> RunState:
+    """Read one checkpoint.
+
+    Raises:
+        CheckpointError: truncated, altered, or of another schema.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        contents = {name: (path / name).read_bytes() for name in (_STATE, _TENSORS)}
+        damaged = [n for n, content in contents.items() if hashlib.sha256(content).hexdigest() != manifest[n]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is incomplete ({error})") from error
+    if damaged:
+        raise CheckpointError(f"{path}/{damaged[0]} is truncated or altered (its SHA-256 differs from the manifest)")
+    try:
+        state = unpack(json.loads(contents[_STATE]), safetensors.torch.load(contents[_TENSORS]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if path.name != _name(state.round):
+        raise CheckpointError(f"{path} holds round {state.round}; it was renamed or swapped")
+    return state
+
+
+def _name(round: int) -> str:
+    return f"round-{round:04d}"

@@ -1,0 +1,202 @@
+"""The command line. Heavy imports wait until a command needs them, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedlora import __version__
+from fedlora.errors import ConfigError, FedLoRAError
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated fine-tuning with LoRA adapters of different ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+runs_app = typer.Typer(help="Look at runs.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+
+ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, such as configs/quickstart.yaml")]
+RunPath = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; repeatable")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="replace an earlier run in the same folder")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a configuration. A run that was cut short goes on from its last commit."""
+    from fedlora.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from orchestrator import launch
+
+    _play(lambda listen: launch.run(settings, listen, overwrite), settings.output_dir, as_json)
+
+
+@app.command()
+def resume(folder: RunPath, as_json: AsJson = False) -> None:
+    """Go on with a run from its last commit."""
+    from orchestrator import launch
+
+    _play(lambda listen: launch.resume(folder, listen), str(folder), as_json)
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a configuration, its data and its model without running it; reports every problem at once."""
+    from fedlora.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from orchestrator.validate import validate as check
+
+    facts, problems = check(settings)
+    if as_json:
+        _print(json.dumps({"facts": facts, "problems": [str(problem) for problem in problems]}))
+    else:
+        for name, value in facts.items():
+            _print(f"{name:<10}{value}")
+        for problem in problems:
+            typer.echo(f"error: {problem}", err=True)
+        if not problems:
+            _print(f"{config} is valid")
+    if problems:
+        raise typer.Exit(problems[0].exit_code)
+
+
+@app.command("eval")
+def evaluate(
+    folder: RunPath,
+    data: Annotated[str, typer.Option(help="a JSONL, CSV or Parquet file in the form the run was trained on")],
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's adapter on a file of rows."""
+    from orchestrator.artifacts import open_run, score
+
+    opened = open_run(folder)
+    result = score(opened, data)
+    metric = "accuracy" if opened.labels else "exact match"
+    if as_json:
+        found = {"loss": result.loss, "accuracy": result.accuracy, "metric": metric, "examples": result.num_examples}
+        _print(json.dumps(found))
+    else:
+        _print(f"{metric} {result.accuracy:.4f}, loss {result.loss:.4f} on {result.num_examples} rows of {data}")
+
+
+@app.command()
+def export(
+    folder: RunPath,
+    to: Annotated[Path, typer.Option(help="a new or empty folder")],
+    merge: Annotated[bool, typer.Option(help="fold the adapter into the weights and write the whole model")] = False,
+) -> None:
+    """Write the adapter as a PEFT directory, or the merged model; the logits are compared before it says done."""
+    from orchestrator.artifacts import export as write
+    from orchestrator.artifacts import open_run
+
+    difference = write(open_run(folder), to, merge)
+    kind = "merged model" if merge else "PEFT adapter"
+    _print(f"{kind} written to {to}; largest difference of a logit {difference:.1e}")
+
+
+@runs_app.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="where runs are kept")] = Path("runs"), as_json: AsJson = False
+) -> None:
+    """All runs in a folder."""
+    from orchestrator.runs import describe, find
+
+    rows = [describe(path) for path in find(folder)]
+    if as_json:
+        _print(json.dumps(rows))
+    elif not rows:
+        _print(f"no runs in {folder}")
+    else:
+        _print(f"{'run':<28}{'status':<13}{'rounds':<9}{'strategy':<12}{'accuracy':<10}{'loss':<8}")
+        for row in rows:
+            rounds = f"{row['round']}/{row['rounds']}"
+            accuracy, loss = (f"{row[key]:.4f}" if row[key] is not None else "-" for key in ("accuracy", "loss"))
+            _print(f"{row['run']:<28}{row['status']:<13}{rounds:<9}{row['strategy']:<12}{accuracy:<10}{loss:<8}")
+
+
+@runs_app.command("show")
+def show_run(folder: RunPath, as_json: AsJson = False) -> None:
+    """One run: its summary and its rounds."""
+    from rich.console import Console
+
+    from orchestrator.console import print_summary
+    from orchestrator.runs import describe
+    from orchestrator.stores.files import read_json, read_lines
+
+    row = describe(folder)
+    metrics = read_lines(folder / "metrics.jsonl")
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    if as_json:
+        _print(json.dumps({"run": row, "summary": summary, "rounds": metrics}))
+        return
+    for line in metrics:
+        scores = line["eval"]
+        held = f"held-out loss {scores['loss']:.4f}, {100 * scores['accuracy']:.1f} % right" if scores else "not evaluated"
+        updates = f"{len(line['admitted'])} of {len(line['selected'])} updates"
+        _print(f"round {line['round']:>3}  train loss {line['train']['loss']:.4f}  {held}  {updates}")
+    if summary.get("status") == "finished":
+        print_summary(Console(highlight=False), summary, str(folder))
+    else:
+        _print(f"{folder}: {row['status']}, {row['round']} of {row['rounds']} rounds committed")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _print(__version__)
+
+
+def main() -> None:
+    """Entry point: turns errors of ours into a sentence and an exit code."""
+    try:
+        app()
+    except ConfigError as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        _leave(error.exit_code)
+    except FedLoRAError as error:
+        typer.echo(f"error: {error}", err=True)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        _leave(130)
+    except BrokenPipeError:
+        # the reader of our output has gone; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(141)
+
+
+def _leave(code: int) -> None:
+    sys.exit(code)
+
+
+def _play(work: Any, folder: str, as_json: bool) -> None:
+    from orchestrator.console import JsonScreen, Screen, print_summary
+
+    screen: JsonScreen | Screen = JsonScreen() if as_json else Screen()
+    with screen:
+        summary = work(screen)
+    if isinstance(screen, Screen):
+        print_summary(screen.console, summary, folder)
+    else:
+        _print(json.dumps({"event": "summary", **summary}))
+
+
+def _print(text: str) -> None:
+    typer.echo(text)

@@ -1,0 +1,152 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere, or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class JsonScreen:
+    """Every event as one JSON line on standard output."""
+
+    def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
+        Console(soft_wrap=True, highlight=False).print(json.dumps({"event": event, **fields}), markup=False)
+
+    def __enter__(self) -> JsonScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Screen:
+    """Progress and a line per round."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._clients = self._progress.add_task("clients", total=1, visible=False)
+        self._failures = 0
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
+        handler = getattr(self, f"_on_{event}", None)
+        if handler:
+            handler(fields)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def _on_checkpoint_damaged(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"[yellow]checkpoint passed over:[/] {escape(fields['reason'])}; going on from round {fields['round']}")
+
+    def _on_already_finished(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"{escape(fields['folder'])} is already finished; --overwrite runs it again")
+
+    def _on_run_resumed(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"resuming after round {fields['round']}")
+
+    def _on_run_started(self, fields: Mapping[str, Any]) -> None:
+        if fields["initial"] and not fields["round"]:
+            self._say(f"before training: {_scores(fields['initial'])}")
+
+    def _on_round_started(self, fields: Mapping[str, Any]) -> None:
+        self._progress.update(
+            self._clients,
+            description=f"round {fields['round']}",
+            total=len(fields["selected"]),
+            completed=0,
+            visible=True,
+        )
+
+    def _on_update_admitted(self, fields: Mapping[str, Any]) -> None:
+        self._progress.advance(self._clients)
+
+    def _on_update_refused(self, fields: Mapping[str, Any]) -> None:
+        self._incident("refused", fields)
+
+    def _on_client_failed(self, fields: Mapping[str, Any]) -> None:
+        self._incident("failed", fields)
+
+    def _incident(self, what: str, fields: Mapping[str, Any]) -> None:
+        self._progress.advance(self._clients)
+        self._failures += 1
+        if self._failures <= 5:
+            self._say(f"[yellow]{what}[/] {fields['client']} in round {fields['round']}: {escape(fields['reason'])}")
+        if self._failures == 5:
+            self._say("further failures are counted in the round lines and kept in journal.jsonl")
+
+    def _on_round_committed(self, fields: Mapping[str, Any]) -> None:
+        line = f"round {fields['round']:>3}  train loss {fields['train']['loss']:.4f}"
+        if fields["eval"]:
+            line += f"  held out: {_scores(fields['eval'])}"
+        if fields["clients"]:
+            spread = fields["clients"]["accuracy"]
+            line += f"  clients {spread['worst']:.2f} / {spread['median']:.2f} / {spread['best']:.2f}"
+        lost = len(fields["refused"]) + len(fields["failed"])
+        line += f"  {len(fields['admitted'])} of {len(fields['selected'])} updates" if lost else ""
+        self._say(f"{line}  {sum(fields['seconds'].values()):.1f} s")
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
+    """The end of a run in a few lines."""
+    metric = summary.get("metric", "accuracy")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in (
+        ("status", summary["status"]),
+        ("strategy", summary.get("strategy")),
+        (f"{metric} before", _share(summary.get("initial"))),
+        (f"{metric} after", _share(summary.get("final"))),
+        ("loss before, after", f"{_loss(summary.get('initial'))}, {_loss(summary.get('final'))}"),
+        ("rounds", summary.get("rounds")),
+        ("bytes up, down", f"{human_bytes(summary.get('bytes_up'))}, {human_bytes(summary.get('bytes_down'))}"),
+        ("wall time", f"{summary.get('wall_s', 0):.1f} s"),
+        ("peak memory", f"{summary.get('peak_rss_mb', 0):.0f} MB"),
+        ("adapter", f"{folder}/adapter  sha256 {str(summary.get('adapter_sha256'))[:16]}"),
+        ("report", f"{folder}/report.html"),
+    ):
+        table.add_row(name, escape(str(value)))
+    console.print(table)
+
+
+def human_bytes(count: float | None) -> str:
+    """Bytes with a unit, powers of 1000."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    return f"loss {scores['loss']:.4f}, {100 * scores['accuracy']:.1f} % right"
+
+
+def _share(scores: Mapping[str, float] | None) -> str:
+    return f"{scores['accuracy']:.4f}" if scores else "-"
+
+
+def _loss(scores: Mapping[str, float] | None) -> str:
+    return f"{scores['loss']:.4f}" if scores else "-"

@@ -1,0 +1,300 @@
+"""A run from configuration to finished folder: open, resume or start, rounds, results."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedlora
+from fedlora.adapter.initial import initial_adapter
+from fedlora.adapter.peft import save_directory
+from fedlora.aggregation import STRATEGIES
+from fedlora.aggregation.combine import check_ranks
+from fedlora.config import RunConfig
+from fedlora.errors import FedLoRAError, RunFolderError, RunInterrupted
+from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, WorkerStats
+from fedlora.training.builtin import resolve
+from fedlora.training.model import TASK_TYPES, check_rank
+from orchestrator.checkpoint import commit, load_latest
+from orchestrator.failpoints import reach
+from orchestrator.pools import open_pool
+from orchestrator.report import write_report
+from orchestrator.rounds import Federation, evaluate_global, play_round
+from orchestrator.state import RunState
+from orchestrator.stores.files import JsonLines, open_folder, read_config, read_json, write_json, writing
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+
+
+def run(config: RunConfig, listen: Listener, overwrite: bool = False) -> dict[str, Any]:
+    """Start a run, or go on with it if its folder already holds this very one.
+
+    Args:
+        config: what to run.
+        listen: called with every event's name and fields.
+        overwrite: delete a run that is in the way.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        FedLoRAError: see ``errors`` for what each kind means.
+    """
+    folder, present = open_folder(config, overwrite)
+    if present:
+        return resume(folder, listen)
+    return _play(config, folder, None, listen)
+
+
+def resume(folder: Path, listen: Listener) -> dict[str, Any]:
+    """Go on from the last commit; a finished run just gives its summary again.
+
+    Raises:
+        RunFolderError: not a run folder, or no usable checkpoint.
+    """
+    config = read_config(folder)
+    state, problems = load_latest(folder)
+    for problem in problems:
+        listen("checkpoint_damaged", {"reason": problem, "round": state.round if state else 0})
+    if state is not None and state.config_sha256 != config.sha256():
+        raise RunFolderError(f"{folder}: config.yaml was changed since the run started; restore it, or start a new run")
+    finished = state is not None and state.round >= config.rounds
+    if finished and not problems and (folder / "summary.json").exists():
+        summary: dict[str, Any] = read_json(folder / "summary.json")
+        if summary.get("status") == "finished":
+            listen("already_finished", {"folder": str(folder)})
+            return summary
+    return _play(config, folder, state, listen)
+
+
+def _play(config: RunConfig, folder: Path, state: RunState | None, listen: Listener) -> dict[str, Any]:
+    journal, metrics = JsonLines(folder / "journal.jsonl"), JsonLines(folder / "metrics.jsonl")
+
+    def emit(event: str, fields: Mapping[str, Any]) -> None:
+        journal.append(_stamped(event, fields))
+        listen(event, fields)
+
+    began = time.perf_counter() - (state.totals.wall_s if state else 0.0)
+    try:
+        with closing(journal), closing(metrics), _terminate_as_interrupt():
+            emit("run_opened" if state is None else "run_resumed", _facts(config, state))
+            with closing(open_pool(config)) as pool:
+                fed, base = _federation(config, pool, emit)
+                _write_members(folder, fed.members, base)
+                if state is None:
+                    state = _first_state(config, fed, base)
+                    commit(folder, state, config.keep_checkpoints)
+                _check_base(state, base, folder)
+                _catch_up_metrics(metrics, state)
+                fed.emit("run_started", {"round": state.round, "rounds": config.rounds, "initial": state.initial})
+                while state.round < config.rounds:
+                    state = _commit_round(fed, state, config, folder, metrics, began)
+                return _finish(config, folder, state, fed, base, began)
+    except KeyboardInterrupt:
+        done = state.round if state else 0
+        _mark(folder, "interrupted", f"stopped by the user after round {done}")
+        raise RunInterrupted(
+            f"stopped; {done} of {config.rounds} rounds are committed. Go on with: fedlora resume {folder}"
+        ) from None
+    except FedLoRAError as error:
+        _mark(folder, "failed", str(error))
+        raise
+
+
+def _commit_round(
+    fed: Federation, state: RunState, config: RunConfig, folder: Path, metrics: JsonLines, began: float
+) -> RunState:
+    """One round, made durable before anybody hears of it."""
+    state = play_round(fed, state)
+    start = time.perf_counter()
+    state = replace(state, totals=replace(state.totals, wall_s=start - began))
+    commit(folder, state, config.keep_checkpoints)
+    assert state.row is not None
+    metrics.append(dict(state.row))
+    reach("commit.logged", state.round)
+    fed.emit("round_committed", {**state.row, "commit_s": time.perf_counter() - start})
+    return state
+
+
+def _federation(config: RunConfig, pool: ClientPool, emit: Listener) -> tuple[Federation, BaseInfo]:
+    strategy = STRATEGIES.create(config.strategy_name, **config.strategy_options)
+    members = pool.members()
+    check_ranks(strategy, {member.id: member.rank for member in members}, config.lora.r)
+    base = pool.base()
+    check_rank(base.sites, config.lora.r)
+    init = config.lora.init_lora_weights
+    fresh = initial_adapter(
+        base.sites, base.dense, config.lora.r, config.seed, "kaiming" if init is True else str(init)
+    )
+    for stats in pool.stats():
+        emit("worker_ready", asdict(stats))
+    fed = Federation(
+        pool=pool,
+        strategy=strategy,
+        members=members,
+        fresh=fresh,
+        seed=config.seed,
+        rounds=config.rounds,
+        rank=config.lora.r,
+        per_round=config.clients.per_round,
+        weighting=config.weighting,
+        max_update_norm=config.admission.max_update_norm,
+        evaluate_every=config.evaluation.every,
+        evaluate_clients=config.evaluation.per_client,
+        emit=emit,
+    )
+    return fed, base
+
+
+def _first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
+    scores, _ = evaluate_global(replace(fed, evaluate_clients=False), fed.fresh)
+    return RunState(
+        round=0,
+        adapter=fed.fresh,
+        strategy={},
+        config_sha256=config.sha256(),
+        base_fingerprint=base.fingerprint,
+        initial=scores,
+    )
+
+
+def _check_base(state: RunState, base: BaseInfo, folder: Path) -> None:
+    if state.base_fingerprint != base.fingerprint:
+        raise RunFolderError(
+            f"{folder}: the base model is not the one this run started with (fingerprint {base.fingerprint[:12]},"
+            f" expected {state.base_fingerprint[:12]}); restore it, or start a new run"
+        )
+
+
+def _catch_up_metrics(metrics: JsonLines, state: RunState) -> None:
+    """Exactly one line per committed round, wherever a crash fell."""
+    metrics.keep(lambda row: row["round"] < state.round)
+    if state.row is not None:
+        metrics.append(dict(state.row))
+
+
+def _finish(
+    config: RunConfig, folder: Path, state: RunState, fed: Federation, base: BaseInfo, began: float
+) -> dict[str, Any]:
+    weights = export_adapter(state, config, base.task, folder / "adapter")
+    stats = fed.pool.stats()
+    summary = {
+        "status": "finished",
+        "name": config.name,
+        "strategy": config.strategy_name,
+        "model": config.model.name,
+        "metric": "accuracy" if base.labels else "exact match",
+        "rounds": state.round,
+        "initial": state.initial,
+        "final": state.last,
+        "best": state.best,
+        "bytes_up": state.totals.bytes_up,
+        "bytes_down": state.totals.bytes_down,
+        "wall_s": round(time.perf_counter() - began, 3),
+        "seconds": {phase: round(value, 3) for phase, value in state.totals.seconds.items()},
+        "train_tokens": state.totals.train_tokens,
+        "peak_rss_mb": round(peak_rss_mb(stats), 1),
+        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "config_sha256": config.sha256(),
+        "base": {"fingerprint": base.fingerprint, "parameters": base.num_parameters, "sites": len(base.sites)},
+        "workers": [asdict(worker) for worker in stats],
+    }
+    write_json(folder / "summary.json", summary)
+    fed.emit("run_finished", {"final": state.last, "adapter_sha256": summary["adapter_sha256"]})
+    write_report(folder)
+    return summary
+
+
+def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) -> Path:
+    """Write the global adapter as a PEFT directory.
+
+    Returns:
+        Its weights file.
+    """
+    lora = config.lora
+    with writing(target):
+        save_directory(
+            state.adapter, target, resolve(config.model.name), TASK_TYPES[task], lora.lora_alpha, lora.use_rslora
+        )
+    return target / "adapter_model.safetensors"
+
+
+def peak_rss_mb(stats: Sequence[WorkerStats]) -> float:
+    """Peak resident memory of this process and of the workers that are not this process."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return own + sum(worker.peak_rss_mb for worker in stats if worker.pid != os.getpid())
+
+
+def _facts(config: RunConfig, state: RunState | None) -> dict[str, Any]:
+    """What a later reader needs to judge whether two runs may be compared bit for bit."""
+    packages = ("torch", "transformers", "peft", "numpy", "safetensors")
+    return {
+        "round": state.round if state else 0,
+        "config_sha256": config.sha256(),
+        "fedlora": fedlora.__version__,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "pid": os.getpid(),
+    }
+
+
+def _write_members(folder: Path, members: Sequence[ClientInfo], base: BaseInfo) -> None:
+    rows = [
+        {
+            "client": member.id,
+            "rank": member.rank,
+            "num_examples": member.num_examples,
+            "num_heldout": member.num_heldout,
+            "label_counts": dict(member.label_counts),
+        }
+        for member in members
+    ]
+    write_json(folder / "partition.json", rows)
+    write_json(folder / "labels.json", list(base.labels))
+
+
+def _mark(folder: Path, status: str, reason: str) -> None:
+    """Say in the run folder how the session ended; the reason for it must not be hidden by a full disk."""
+    event = "run_interrupted" if status == "interrupted" else "run_failed"
+    with contextlib.suppress(FedLoRAError):
+        with closing(JsonLines(folder / "journal.jsonl")) as journal:
+            journal.append(_stamped(event, {"reason": reason}))
+        write_json(folder / "summary.json", {"status": status, "reason": reason})
+
+
+def _stamped(event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C: abandon the round, keep what is committed, end with a sentence."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

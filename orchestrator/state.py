@@ -1,0 +1,137 @@
+"""Everything a run needs to go on: one frozen value, replaced at every commit."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState
+from fedlora.aggregation.base import State
+from fedlora.errors import CheckpointError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all committed rounds; seconds by phase and of the whole run."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    train_tokens: int = 0
+    wall_s: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def plus(self, row: Mapping[str, Any]) -> "Totals":
+        """The sums after one more round, whose metrics row is given. ``wall_s`` is set at the commit."""
+        phases = {name: self.seconds.get(name, 0.0) + value for name, value in row["seconds"].items()}
+        return Totals(
+            self.bytes_up + row["bytes_up"],
+            self.bytes_down + row["bytes_down"],
+            self.train_tokens + row["train_tokens"],
+            self.wall_s,
+            phases,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """A run after ``round`` committed rounds.
+
+    Attributes:
+        round: 0 before the first.
+        adapter: the global adapter, in effective units.
+        strategy: whatever the strategy keeps.
+        config_sha256, base_fingerprint: what this state belongs to.
+        totals: sums over rounds.
+        initial, last, best: scores of the start, the latest and the best evaluated round.
+        row: the metrics row of the latest round, so that a crash after the commit loses no line.
+        participation: rounds each client's update was used in.
+    """
+
+    round: int
+    adapter: AdapterState
+    strategy: State
+    config_sha256: str
+    base_fingerprint: str
+    totals: Totals = Totals()
+    initial: Mapping[str, float] | None = None
+    last: Mapping[str, float] | None = None
+    best: Mapping[str, float] | None = None
+    row: Mapping[str, Any] | None = None
+    participation: Mapping[str, int] = field(default_factory=dict)
+
+
+def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split a state into plain JSON data and named tensors."""
+    tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors().items()}
+    note = {
+        "schema": SCHEMA,
+        "round": state.round,
+        "strategy": _pack_tree(state.strategy, "strategy", tensors),
+        "config_sha256": state.config_sha256,
+        "base_fingerprint": state.base_fingerprint,
+        "totals": asdict(state.totals),
+        "initial": state.initial,
+        "last": state.last,
+        "best": state.best,
+        "row": state.row,
+        "participation": dict(state.participation),
+    }
+    return note, tensors
+
+
+def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RunState:
+    """Inverse of ``pack``.
+
+    Raises:
+        CheckpointError: for another schema, or parts that are missing.
+    """
+    if note.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"the checkpoint has schema {note.get('schema')!r}, this version of fedlora reads {SCHEMA};"
+            " resume it with the version that wrote it"
+        )
+    prefix = "adapter/"
+    adapter = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    try:
+        return RunState(
+            round=note["round"],
+            adapter=AdapterState.from_tensors(adapter),
+            strategy=_unpack_tree(note["strategy"], tensors),
+            config_sha256=note["config_sha256"],
+            base_fingerprint=note["base_fingerprint"],
+            totals=Totals(**note["totals"]),
+            initial=note["initial"],
+            last=note["last"],
+            best=note["best"],
+            row=note["row"],
+            participation=note["participation"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint lacks {error}") from error
+
+
+def _pack_tree(tree: State, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    packed: dict[str, Any] = {}
+    for key, value in tree.items():
+        place = f"{path}/{key}"
+        if isinstance(value, Tensor):
+            tensors[place] = value
+            packed[key] = {"$tensor": place}
+        elif isinstance(value, Mapping):
+            packed[key] = _pack_tree(value, place, tensors)
+        else:
+            packed[key] = value
+    return packed
+
+
+def _unpack_tree(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in packed.items():
+        if isinstance(value, Mapping) and set(value) == {"$tensor"}:
+            tree[key] = tensors[value["$tensor"]]
+        else:
+            tree[key] = _unpack_tree(value, tensors) if isinstance(value, Mapping) else value
+    return tree

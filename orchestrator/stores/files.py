@@ -1,0 +1,171 @@
+"""The run folder on a file system: atomic files, append-only logs."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig, differences, load_config
+from fedlora.errors import ConfigError, RunFolderError
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn an operating-system error into one sentence about ``what``."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {what}: {error.strerror or error}; free space or choose another output_dir."
+            " Committed rounds are safe"
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that a crash leaves either the old one or the new one.
+
+    Raises:
+        RunFolderError: if it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            sync_folder(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``write_atomic`` of indented JSON."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        RunFolderError: if it is missing or malformed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"cannot read {path}: {error}") from error
+
+
+class JsonLines:
+    """An append-only log of JSON objects. A torn last line, left by a crash, is cut off on opening."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                content = path.read_bytes()
+                whole = content[: content.rfind(b"\n") + 1]
+                if whole != content:
+                    write_atomic(path, whole)
+            self._file = path.open("ab")
+
+    def append(self, item: dict[str, Any]) -> None:
+        """Add one line and hand it to the operating system."""
+        with writing(self.path):
+            self._file.write(json.dumps(item).encode() + b"\n")
+            self._file.flush()
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines that are not ``wanted``."""
+        lines = [line for line in read_lines(self.path) if wanted(line)]
+        self._file.close()
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        """Close the file; the log stays readable."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a log; none if there is no file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from error
+
+
+def open_folder(config: RunConfig, overwrite: bool) -> tuple[Path, bool]:
+    """Prepare the output folder of a run.
+
+    Returns:
+        The folder, and whether it already holds this very run.
+
+    Raises:
+        RunFolderError: not writable, not a run folder, or a run of another configuration.
+    """
+    folder = Path(config.output_dir)
+    if folder.is_dir() and any(folder.iterdir()):
+        if overwrite:
+            _remove_run(folder)
+        else:
+            previous = read_config(folder)
+            if previous.sha256() == config.sha256():
+                return folder, True
+            keys = ", ".join(differences(config, previous)[:5])
+            raise RunFolderError(
+                f"{folder} holds a run of another configuration (different: {keys}); choose another with"
+                " --set output_dir=..., replace it with --overwrite, or go on with it: fedlora resume " + str(folder)
+            )
+    write_atomic(folder / "config.yaml", config.to_yaml())
+    return folder, False
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration a run folder belongs to.
+
+    Raises:
+        RunFolderError: if this is not a run folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise RunFolderError(f"{folder} is not a run folder (no config.yaml in it){_runs_nearby(folder)}")
+    try:
+        config = load_config(folder / "config.yaml")
+    except ConfigError as error:
+        raise RunFolderError(f"{folder}/config.yaml cannot be read: {error}") from error
+    return config.model_copy(update={"output_dir": str(folder)})
+
+
+def _runs_nearby(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    runs = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+    return f"; runs in {folder.parent}: {', '.join(runs[:8])}" if runs else ""
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete a run, and refuse to delete anything that is not one."""
+    if not (folder / "config.yaml").is_file():
+        raise RunFolderError(f"{folder} is not empty and is not a run folder; --overwrite replaces only runs")
+    with writing(folder):
+        shutil.rmtree(folder)

@@ -1,0 +1,75 @@
+"""Everything that can be known to be wrong with a configuration before it runs, at once."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from clients.ranks import assign_ranks
+from clients.runtime import adapter_spec, base_spec, task_of
+from fedlora.aggregation import STRATEGIES
+from fedlora.aggregation.combine import check_ranks
+from fedlora.config import RunConfig
+from fedlora.data.partition import open_corpus
+from fedlora.errors import FedLoRAError
+from fedlora.training.model import check_rank, find_heads, find_sites, outline
+from orchestrator.stores.files import open_folder
+
+
+def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
+    """Read the data, outline the model without its weights, compose the strategy.
+
+    Returns:
+        Facts about the run, as far as they could be found, and every problem.
+    """
+    facts: dict[str, Any] = {}
+    problems: list[FedLoRAError] = []
+    strategy = corpus = None
+    try:
+        strategy = STRATEGIES.create(config.strategy_name, **config.strategy_options)
+    except FedLoRAError as error:
+        problems.append(error)
+    try:
+        corpus = open_corpus(config.data, config.clients.count, config.seed)
+        rows = sorted(len(shard) for shard in corpus.shards.values())
+        facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, {corpus.form}"
+        facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
+        clients = config.clients
+        ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.memory_gb, config.seed)
+        facts["ranks"] = ", ".join(f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items()))
+        if strategy is not None:
+            check_ranks(strategy, ranks, config.lora.r)
+    except FedLoRAError as error:
+        problems.append(error)
+    try:
+        facts |= _model_facts(config, corpus)
+    except FedLoRAError as error:
+        problems.append(error)
+    try:
+        _check_folder(config)
+    except FedLoRAError as error:
+        problems.append(error)
+    return facts, problems
+
+
+def _model_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
+    if corpus is None:  # the data could not be read; names and sizes can be checked all the same
+        task = config.model.task if config.model.task != "auto" else "sequence-classification"
+        spec = base_spec(config, task, ())
+    else:
+        spec = base_spec(config, task_of(config, corpus), corpus.labels)
+    model = outline(spec)
+    sites = find_sites(model, adapter_spec(config).target_modules)
+    check_rank(sites, config.lora.r)
+    saved = config.lora.modules_to_save or find_heads(model, spec.task)
+    head = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in saved)
+    factors = sum(out + inner for out, inner in sites.values())
+    return {
+        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
+        "adapter": f"{len(sites)} layers, {factors * config.lora.r + head:,} parameters at rank {config.lora.r}",
+    }
+
+
+def _check_folder(config: RunConfig) -> None:
+    folder = Path(config.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        open_folder(config, overwrite=False)

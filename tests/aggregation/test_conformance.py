@@ -1,0 +1,390 @@
+"""Every registered strategy passes every law, and every law can fail."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import ClassVar
+
+import pytest
+import torch
+
+from fedlora.adapter import rank as ranks
+from fedlora.adapter.algebra import add, mean_factors, mean_update, subtract
+from fedlora.adapter.state import AdapterState, LowRank
+from fedlora.aggregation import STRATEGIES
+from fedlora.aggregation.averaging import FedIT, ZeroPad
+from fedlora.aggregation.base import Aggregate, Strategy, Traits
+from fedlora.aggregation.conformance import (
+    LAWS,
+    Law,
+    LawBroken,
+    check_all,
+    load_state,
+    save_state,
+)
+from fedlora.aggregation.product import FlexLoRA
+from fedlora.errors import RankError
+from fedlora.protocol import TrainPlan
+
+BY_NAME = {law.name: law for law in LAWS}
+PROMISES = [
+    pytest.param(name, law, id=f"{name}: {law.name}")
+    for name, law in product(STRATEGIES, LAWS)
+    if law.applies(STRATEGIES.create(name))
+]
+
+
+@pytest.mark.parametrize(("name", "law"), PROMISES)
+def test_every_registered_strategy_passes_every_law_that_applies(name: str, law: Law) -> None:
+    law.check(STRATEGIES.create(name))
+
+
+def test_the_names_of_laws_are_distinct_sentences() -> None:
+    assert len(BY_NAME) == len(LAWS)
+    assert all(len(name.split()) > 4 for name in BY_NAME)
+
+
+# Strategies as others may write them ----------------------------------------------------------------------
+
+
+class Alternating(Strategy):
+    """RoLoRA on one shared basis: B in odd rounds, A in even ones; the phase is kept in the state."""
+
+    name = "alternating"
+    traits = Traits(exact=True, linear=True, fixed_gauge=True)
+
+    def plan(self, ctx, client, state):
+        parts = frozenset({state.get("phase", "B"), "dense"})
+        return TrainPlan(client.rank, train=parts, send=parts)
+
+    def aggregate(self, updates, ctx, state):
+        phase = state.get("phase", "B")
+        widest = max(updates, key=lambda update: update.received.rank).received
+        total = widest.map(lambda update: ranks.pad(update, ctx.rank))
+        dense = {name: 0 * tensor for name, tensor in widest.dense.items()}
+        for update in updates:
+            moved = subtract(update.trained, update.received).map(lambda module: ranks.pad(module, ctx.rank))
+            total = AdapterState(add(total, scaled(moved, update.weight)).modules, dense)
+            dense = {name: dense[name] + update.weight * t for name, t in update.trained.dense.items()}
+        return Aggregate(AdapterState(total.modules, dense), {"phase": "A" if phase == "B" else "B"})
+
+    def redistribute(self, adapter, client, ctx, state):
+        return adapter.map(lambda update: ranks.first(update, client.rank))
+
+
+class Momentum(Strategy):
+    """FedAvg with server momentum: keeps nested tensors, numbers and strings."""
+
+    name = "momentum"
+    traits = Traits(linear=True, fixed_gauge=True, mixed_ranks=False)
+
+    def aggregate(self, updates, ctx, state):
+        mean = FedIT().aggregate(updates, ctx, {}).adapter
+        before = updates[0].received
+        step = subtract(mean, before).tensors()
+        old = state.get("velocity", {})
+        velocity = {name: 0.9 * old[name] + step[name] if old else step[name] for name in step}
+        adapter = add(before, AdapterState.from_tensors(velocity))
+        kept = {"velocity": velocity, "steps": state.get("steps", 0) + 1, "rule": "heavy ball", "empty": {}}
+        return Aggregate(adapter, kept, {"norm": float(velocity[next(iter(velocity))].norm())})
+
+
+class Restarting(FlexLoRA):
+    """Hands out rank-0 adapters that the framework revives, as a strategy with base patches will."""
+
+    def redistribute(self, adapter, client, ctx, state):
+        smaller = adapter.map(lambda update: LowRank(update.B[:, :0], update.A[:0]))
+        return smaller.map(lambda update: ranks.pad(update, client.rank))
+
+
+def scaled(state: AdapterState, factor: float) -> AdapterState:
+    return AdapterState.from_tensors({name: factor * tensor for name, tensor in state.tensors().items()})
+
+
+@pytest.mark.parametrize("strategy", [Alternating(), Momentum()], ids=lambda strategy: strategy.name)
+def test_strategies_with_phases_and_state_pass_too(strategy: Strategy) -> None:
+    assert check_all(strategy) == []
+
+
+def test_a_restart_from_rank_zero_is_taken_for_what_it_is() -> None:
+    # without a base patch to carry the update, forgetting it is worse than needed; nothing else is wrong
+    broken = [law.name for law, _ in check_all(Restarting())]
+    assert broken == ["each client is handed its rank, and no worse an approximation than needed"]
+
+
+# One broken strategy per law --------------------------------------------------------------------------------
+
+
+class NeverAverages(ZeroPad):
+    """Divides by one client too many."""
+
+    def aggregate(self, updates, ctx, state):
+        share = len(updates) / (len(updates) + 1)
+        return super().aggregate([replace(u, weight=u.weight * share) for u in updates], ctx, state)
+
+
+class Sums(ZeroPad):
+    """Adds the updates up."""
+
+    def aggregate(self, updates, ctx, state):
+        return super().aggregate([replace(u, weight=1.0) for u in updates], ctx, state)
+
+
+class Remembers(ZeroPad):
+    """Keeps a count on ``self``."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def aggregate(self, updates, ctx, state):
+        self.calls += 1
+        outcome = super().aggregate(updates, ctx, state)
+        return Aggregate(scaled(outcome.adapter, 1 + self.calls * 1e-3), state)
+
+
+class InPlace(FedIT):
+    """Weighs the factors where they lie."""
+
+    def aggregate(self, updates, ctx, state):
+        for update in updates:
+            for module in update.trained.modules.values():
+                module.B.mul_(update.weight)
+        return Aggregate(mean_factors([u.trained for u in updates], [1.0] * len(updates)), state)
+
+
+class PadsSilently(ZeroPad):
+    """Says that it needs equal ranks, and takes others."""
+
+    traits = Traits(linear=True, fixed_gauge=True, mixed_ranks=False)
+
+
+class RefusesNobody(FedIT):
+    """Refuses unequal ranks without a word about who sent them."""
+
+    def aggregate(self, updates, ctx, state):
+        if len({update.trained.rank for update in updates}) > 1:
+            raise RankError("ranks differ")
+        return super().aggregate(updates, ctx, state)
+
+
+class Overpromises(FedIT):
+    """Says that it takes mixed ranks, and does not."""
+
+    traits = Traits(linear=True, fixed_gauge=True, mixed_ranks=True)
+
+
+class KeepsAList(ZeroPad):
+    """A list of past rounds is not a state."""
+
+    def aggregate(self, updates, ctx, state):
+        history = [*state.get("history", []), ctx.round]
+        return Aggregate(super().aggregate(updates, ctx, state).adapter, {"history": history})
+
+
+class RemembersOnSelf(ZeroPad):
+    """Averages with last round's adapter, which it keeps on ``self``; another process does not have it."""
+
+    def __init__(self):
+        self.last: dict[int, AdapterState] = {}
+
+    def aggregate(self, updates, ctx, state):
+        adapter = super().aggregate(updates, ctx, state).adapter
+        before = self.last.get(ctx.round - 1, adapter)
+        self.last[ctx.round] = adapter
+        return Aggregate(mean_factors([adapter, before], [0.5, 0.5]), state)
+
+
+class CallsItselfExact(FedIT):
+    """The mean of factors is not the mean of updates."""
+
+    traits = Traits(exact=True, linear=True, fixed_gauge=True, mixed_ranks=False)
+
+
+class CallsItselfLinear(FlexLoRA):
+    """A truncation is not linear."""
+
+    traits = Traits(linear=True)
+
+
+class ForgetsHeads(FlexLoRA):
+    """The first client's head wins."""
+
+    def aggregate(self, updates, ctx, state):
+        outcome = super().aggregate(updates, ctx, state)
+        return Aggregate(AdapterState(outcome.adapter.modules, updates[0].trained.dense), state)
+
+
+class PlainMean(ZeroPad):
+    """Every client counts the same."""
+
+    def aggregate(self, updates, ctx, state):
+        return super().aggregate([replace(u, weight=1 / len(updates)) for u in updates], ctx, state)
+
+
+class StartsWithA(Alternating):
+    """At B = 0 the gradient of A is zero."""
+
+    def plan(self, ctx, client, state):
+        return super().plan(ctx, client, {"phase": "B" if state.get("phase", "B") == "A" else "A"})
+
+
+class IgnoresRanks(FlexLoRA):
+    """Everyone receives the global rank."""
+
+    def redistribute(self, adapter, client, ctx, state):
+        return adapter
+
+
+class DropsTheLast(FlexLoRA):
+    """The right rank, but one component fewer than there is room for."""
+
+    def redistribute(self, adapter, client, ctx, state):
+        return adapter.map(lambda update: ranks.resize(ranks.truncate(update, 1), client.rank))
+
+
+class PlaysFavourites(ZeroPad):
+    """Turns the sign of what ben gets."""
+
+    def redistribute(self, adapter, client, ctx, state):
+        handed = super().redistribute(adapter, client, ctx, state)
+        return handed.map(lambda u: LowRank(-u.B, -u.A)) if client.id == "ben" else handed
+
+
+class Stacks(Strategy):
+    """Returns the whole stack and lets it grow from round to round."""
+
+    name = "stacks"
+    traits = Traits(exact=True)
+
+    def aggregate(self, updates, ctx, state):
+        return Aggregate(mean_update([u.trained for u in updates], [u.weight for u in updates]), state)
+
+
+class DividesByNobody(ZeroPad):
+    """Averages a component over those who have it, and by zero where nobody does."""
+
+    def aggregate(self, updates, ctx, state):
+        outcome = super().aggregate(updates, ctx, state)
+        shares = torch.tensor(
+            [sum(u.weight for u in updates if u.trained.rank > row) for row in range(ctx.rank + 1)]
+        )[: ctx.rank]
+        return Aggregate(outcome.adapter.map(lambda u: LowRank(u.B / shares, u.A / shares[:, None])), state)
+
+
+class NotANumber(ZeroPad):
+    """Takes the root of a negative number."""
+
+    def aggregate(self, updates, ctx, state):
+        outcome = super().aggregate(updates, ctx, state)
+        return Aggregate(outcome.adapter.map(lambda u: LowRank(u.B, u.A.sqrt())), state)
+
+
+class Failing:
+    """Which strategies break which law, and what the message says of it."""
+
+    cases: ClassVar[dict[str, list[tuple[Callable[[], Strategy], str]]]] = {
+        "one client in gives the same update out": [(NeverAverages, "weight 1: entry .* should be .*, is ")],
+        "equal clients give that client": [(Sums, "4 clients sent the same update")],
+        "order of arrival and scaling of weights change nothing": [(Remembers, "in reverse order")],
+        "no input is changed in place": [(InPlace, "aggregate changed .*: ada.trained.layers.0.query:B")],
+        "unequal ranks work, or are refused by a message that names the client": [
+            (PadsSilently, "expected a RankError that names ben, came an adapter"),
+            (RefusesNobody, "does not name ben: ranks differ"),
+            (Overpromises, "mixed_ranks is declared.*raised RankError"),
+            (DividesByNobody, "has nan at"),
+        ],
+        "the state survives save and load": [
+            (KeepsAList, r"state.history is \[1\] \(list\)"),
+            (RemembersOnSelf, "round 2 was run once as it was and once from the saved state"),
+        ],
+        "declared exact, the update is the weighted mean of the updates": [(CallsItselfExact, "allowed 1e-06")],
+        "declared linear, the result is linear in what clients send": [(CallsItselfLinear, "F\\(y\\)")],
+        "dense tensors are averaged by weight": [(ForgetsHeads, "head.weight .* sent heads")],
+        "an update of zero weight changes nothing": [(PlainMean, "ada's update has weight 0")],
+        "a start from B = 0 can learn": [(StartsWithA, "trains A, dense, B is zero in components")],
+        "each client is handed its rank, and no worse an approximation than needed": [
+            (IgnoresRanks, "handed to ben of rank 1 in round 1: rank 4; expected 1"),
+            (DropsTheLast, "rank 4 at rank 4 is off by .*; 0.000000 is possible"),
+        ],
+        "clients with the same plan are handed the same adapter": [(PlaysFavourites, "ada and ben")],
+        "the result is finite and fits the global adapter": [
+            (Stacks, "the result has rank 10; expected at most 4"),
+            (NotANumber, "has nan at"),
+        ],
+    }
+
+
+BROKEN = [
+    pytest.param(BY_NAME[name], strategy, message, id=f"{strategy.__name__}: {name}")
+    for name, cases in Failing.cases.items()
+    for strategy, message in cases
+]
+
+
+def test_every_law_has_a_strategy_that_breaks_it() -> None:
+    assert list(Failing.cases) == [law.name for law in LAWS]
+
+
+@pytest.mark.parametrize(("law", "strategy", "message"), BROKEN)
+def test_a_broken_strategy_is_found_out_with_an_example(
+    law: Law, strategy: Callable[[], Strategy], message: str
+) -> None:
+    assert law.applies(strategy())
+    with pytest.raises(LawBroken, match=f"(?s){message}"):
+        law.check(strategy())
+
+
+def test_check_all_names_the_broken_laws_only() -> None:
+    failures = check_all(ForgetsHeads())
+    assert [law.name for law, _ in failures] == ["dense tensors are averaged by weight"]
+    assert "[2, 3]" in str(failures[0][1])  # the shape of the head
+
+
+def test_a_strategy_that_raises_breaks_its_laws_instead_of_the_check() -> None:
+    class Typo(FedIT):
+        def aggregate(self, updates, ctx, state):
+            return updates[0].adaptor
+
+    failures = check_all(Typo())
+    assert len(failures) == sum(law.applies(Typo()) for law in LAWS)
+    message = "raised AttributeError: 'Contribution' object has no attribute 'adaptor'"
+    assert str(failures[0][1]) == message
+    assert isinstance(failures[0][1].__cause__, AttributeError)
+
+
+# States as bytes --------------------------------------------------------------------------------------------
+
+
+def test_a_state_of_nested_tensors_numbers_and_strings_comes_back() -> None:
+    state = {
+        "velocity": {"a.b:A": torch.arange(6.0).reshape(2, 3).T, "c/d": torch.tensor(3, dtype=torch.int64)},
+        "velocity.a": {},
+        "steps": 3,
+        "rate": 0.1,
+        "rule": "tensor",
+    }
+    back = load_state(save_state(state))
+    assert torch.equal(back["velocity"]["a.b:A"], state["velocity"]["a.b:A"])
+    assert torch.equal(back["velocity"]["c/d"], torch.tensor(3))
+    del back["velocity"], state["velocity"]
+    assert back == state
+
+
+def test_one_tensor_kept_under_two_names_can_be_saved() -> None:
+    tensor = torch.ones(2)
+    back = load_state(save_state({"now": tensor, "best": tensor}))
+    assert torch.equal(back["now"], back["best"])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": {"b": None}}, "state.a.b is None"),
+        ({"a": {1: 2.0}}, "state.a has the key 1"),
+        ({"a": float("nan")}, "state.a is nan"),
+        ({"a": (1, 2)}, "tuple"),
+    ],
+)
+def test_anything_else_in_a_state_is_named(state: dict, message: str) -> None:
+    with pytest.raises(LawBroken, match=message):
+        save_state(state)
