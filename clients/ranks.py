@@ -41,7 +41,9 @@ def assign_ranks(
     for client, memory in given.items():
         fitting = [rank for least, rank in needs if memory >= least]
         if not fitting:
-            raise ConfigError(f"clients.ranks: {client} declares {memory} GB, less than any rank needs ({needs[-1][0]} GB)")
+            raise ConfigError(
+                f"clients.ranks: {client} declares {memory} GB, less than any rank needs ({needs[-1][0]} GB)"
+            )
         chosen[client] = max(fitting)
     return chosen
 

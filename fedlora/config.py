@@ -213,7 +213,9 @@ class RunConfig(_Section):
         problems = []
         largest = max(_listed_ranks(self.clients.ranks), default=0)
         if largest > self.lora.r:
-            problems.append(f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r")
+            problems.append(
+                f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r"
+            )
         if not (self.data.name or self.data.train_file or self.data.client_files):
             problems.append("data needs a name, a train_file or client_files")
         if self.data.client_files and self.data.train_file:
@@ -232,7 +234,9 @@ class RunConfig(_Section):
     @property
     def strategy_options(self) -> dict[str, Any]:
         """Options of the strategy's factory."""
-        return {} if isinstance(self.strategy, str) else dict(next(iter(self.strategy.values())) or {})
+        if isinstance(self.strategy, str):
+            return {}
+        return dict(self.strategy[self.strategy_name] or {})
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data."""

@@ -8,8 +8,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedlora.adapter.state import AdapterState
-
 PARTS = frozenset({"A", "B", "dense"})
 
 

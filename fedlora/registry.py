@@ -34,9 +34,7 @@ class Registry(Generic[T]):
         """
         if name not in self._factories:
             known = ", ".join(sorted(self._factories))
-            raise ConfigError(
-                f"{self.kind}: {name} is not known{nearest(name, self._factories)} (known: {known})"
-            )
+            raise ConfigError(f"{self.kind}: {name} is not known{nearest(name, self._factories)} (known: {known})")
         try:
             return self._factories[name](**options)
         except TypeError as error:

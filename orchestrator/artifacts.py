@@ -19,7 +19,7 @@ from fedlora.errors import DataError, FedLoRAError, RunFolderError, nearest
 from fedlora.protocol import EvalResult
 from fedlora.training.batches import collate
 from fedlora.training.evaluate import evaluate
-from fedlora.training.model import AdaptedModel, Base, load_base
+from fedlora.training.model import AdaptedModel, Base, load_base, quiet_transformers
 from fedlora.training.objective import targets_and_logits
 from orchestrator.checkpoint import load_latest
 from orchestrator.launch import export_adapter
@@ -100,7 +100,7 @@ def export(run: Run, target: Path, merge: bool) -> float:
     probe = _probe(base.tokenizer)
     expected = _logits(_with_adapter(run, base), base, probe)
     if merge:
-        with writing(target):
+        with writing(target), quiet_transformers():
             _write_merged(run, target)
         plain = {"name": str(target), "quantization": "none", "dtype": "float32", "revision": None}
         model = run.config.model.model_copy(update=plain)
@@ -112,7 +112,9 @@ def export(run: Run, target: Path, merge: bool) -> float:
         found = _logits(PeftModel.from_pretrained(again.model, target), again, probe)
     difference = float((expected - found).abs().max())
     if not difference <= TOLERANCE:
-        raise FedLoRAError(f"{target}: the exported logits differ by {difference:.2e}, above {TOLERANCE:g}; do not use it")
+        raise FedLoRAError(
+            f"{target}: the exported logits differ by {difference:.2e}, above {TOLERANCE:g}; do not use it"
+        )
     return difference
 
 

@@ -48,7 +48,7 @@ def commit(folder: Path, state: RunState, keep: int) -> None:
         sync_folder(root)
         reach("commit.renamed", state.round)
         # prune only after the rename: a crash in between must leave a loadable checkpoint
-        for old in sorted(root.glob("round-*"))[:-keep]:
+        for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     reach("commit.pruned", state.round)
 
@@ -60,7 +60,7 @@ def load_latest(folder: Path) -> tuple[RunState | None, list[str]]:
         CheckpointError: if there are checkpoints but none can be used.
     """
     problems: list[str] = []
-    for path in sorted((folder / "checkpoints").glob("round-*"), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         try:
             return load(path), problems
         except CheckpointError as error:
@@ -91,6 +91,12 @@ def load(path: Path) -> RunState:
     if path.name != _name(state.round):
         raise CheckpointError(f"{path} holds round {state.round}; it was renamed or swapped")
     return state
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; by number, since names stop sorting after round 9999."""
+    found = (folder / "checkpoints").glob("round-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 
 def _name(round: int) -> str:

@@ -89,7 +89,12 @@ def evaluate(
     result = score(opened, data)
     metric = "accuracy" if opened.labels else "exact match"
     if as_json:
-        found = {"loss": result.loss, "accuracy": result.accuracy, "metric": metric, "examples": result.num_examples}
+        found = {
+            "loss": result.loss,
+            "accuracy": result.accuracy,
+            "metric": metric,
+            "examples": result.num_examples,
+        }
         _print(json.dumps(found))
     else:
         _print(f"{metric} {result.accuracy:.4f}, loss {result.loss:.4f} on {result.num_examples} rows of {data}")
@@ -112,7 +117,8 @@ def export(
 
 @runs_app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="where runs are kept")] = Path("runs"), as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="where runs are kept")] = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """All runs in a folder."""
     from orchestrator.runs import describe, find
@@ -147,7 +153,9 @@ def show_run(folder: RunPath, as_json: AsJson = False) -> None:
         return
     for line in metrics:
         scores = line["eval"]
-        held = f"held-out loss {scores['loss']:.4f}, {100 * scores['accuracy']:.1f} % right" if scores else "not evaluated"
+        held = (
+            f"held-out loss {scores['loss']:.4f}, {100 * scores['accuracy']:.1f} % right" if scores else "not evaluated"
+        )
         updates = f"{len(line['admitted'])} of {len(line['selected'])} updates"
         _print(f"round {line['round']:>3}  train loss {line['train']['loss']:.4f}  {held}  {updates}")
     if summary.get("status") == "finished":

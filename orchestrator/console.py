@@ -58,7 +58,9 @@ class Screen:
         self.console.print(text, soft_wrap=True)
 
     def _on_checkpoint_damaged(self, fields: Mapping[str, Any]) -> None:
-        self._say(f"[yellow]checkpoint passed over:[/] {escape(fields['reason'])}; going on from round {fields['round']}")
+        self._say(
+            f"[yellow]checkpoint passed over:[/] {escape(fields['reason'])}; going on from round {fields['round']}"
+        )
 
     def _on_already_finished(self, fields: Mapping[str, Any]) -> None:
         self._say(f"{escape(fields['folder'])} is already finished; --overwrite runs it again")
@@ -119,7 +121,10 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         (f"{metric} after", _share(summary.get("final"))),
         ("loss before, after", f"{_loss(summary.get('initial'))}, {_loss(summary.get('final'))}"),
         ("rounds", summary.get("rounds")),
-        ("bytes up, down", f"{human_bytes(summary.get('bytes_up'))}, {human_bytes(summary.get('bytes_down'))}"),
+        (
+            "bytes up, down",
+            f"{human_bytes(summary.get('bytes_up'))}, {human_bytes(summary.get('bytes_down'))}",
+        ),
         ("wall time", f"{summary.get('wall_s', 0):.1f} s"),
         ("peak memory", f"{summary.get('peak_rss_mb', 0):.0f} MB"),
         ("adapter", f"{folder}/adapter  sha256 {str(summary.get('adapter_sha256'))[:16]}"),

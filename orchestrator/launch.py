@@ -55,6 +55,7 @@ def run(config: RunConfig, listen: Listener, overwrite: bool = False) -> dict[st
     Raises:
         FedLoRAError: see ``errors`` for what each kind means.
     """
+    STRATEGIES.create(config.strategy_name, **config.strategy_options)  # a misspelt name touches no folder
     folder, present = open_folder(config, overwrite)
     if present:
         return resume(folder, listen)
@@ -211,7 +212,11 @@ def _finish(
         "peak_rss_mb": round(peak_rss_mb(stats), 1),
         "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "config_sha256": config.sha256(),
-        "base": {"fingerprint": base.fingerprint, "parameters": base.num_parameters, "sites": len(base.sites)},
+        "base": {
+            "fingerprint": base.fingerprint,
+            "parameters": base.num_parameters,
+            "sites": len(base.sites),
+        },
         "workers": [asdict(worker) for worker in stats],
     }
     write_json(folder / "summary.json", summary)
@@ -229,7 +234,12 @@ def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) 
     lora = config.lora
     with writing(target):
         save_directory(
-            state.adapter, target, resolve(config.model.name), TASK_TYPES[task], lora.lora_alpha, lora.use_rslora
+            state.adapter,
+            target,
+            resolve(config.model.name),
+            TASK_TYPES[task],
+            lora.lora_alpha,
+            lora.use_rslora,
         )
     return target / "adapter_model.safetensors"
 

@@ -150,7 +150,9 @@ def _prepare(
     return asked
 
 
-def _collect(fed: Federation, asked: Mapping[str, Expectation], number: int) -> tuple[list[Contribution], dict[str, Any]]:
+def _collect(
+    fed: Federation, asked: Mapping[str, Expectation], number: int
+) -> tuple[list[Contribution], dict[str, Any]]:
     """Train, and keep what passes admission. A client that fails costs its own update only."""
     used: dict[str, Contribution] = {}
     refused: dict[str, str] = {}

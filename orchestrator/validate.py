@@ -12,7 +12,7 @@ from fedlora.config import RunConfig
 from fedlora.data.partition import open_corpus
 from fedlora.errors import FedLoRAError
 from fedlora.training.model import check_rank, find_heads, find_sites, outline
-from orchestrator.stores.files import open_folder
+from orchestrator.stores.files import check_folder
 
 
 def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
@@ -35,7 +35,9 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.memory_gb, config.seed)
-        facts["ranks"] = ", ".join(f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items()))
+        facts["ranks"] = ", ".join(
+            f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())
+        )
         if strategy is not None:
             check_ranks(strategy, ranks, config.lora.r)
     except FedLoRAError as error:
@@ -72,4 +74,4 @@ def _model_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
 def _check_folder(config: RunConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and any(folder.iterdir()):
-        open_folder(config, overwrite=False)
+        check_folder(folder, config)

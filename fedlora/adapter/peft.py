@@ -45,9 +45,12 @@ def insert(model: nn.Module, adapter: str, state: AdapterState) -> None:
     current = AdapterState({path: LowRank(B, A) for path, (B, A, _) in layers.items()}, dense)
     state.check_like(current, "the state")
     for path, update in state.modules.items():
+        if update.rank != current.modules[path].rank:
+            raise AdapterError(
+                f"{path}: state of rank {update.rank} for an adapter of rank {current.modules[path].rank}"
+            )
+    for path, update in state.modules.items():
         B, A, scaling = layers[path]
-        if update.rank != A.shape[0]:
-            raise AdapterError(f"{path}: state of rank {update.rank} for an adapter of rank {A.shape[0]}")
         B.copy_(update.B / scaling)
         A.copy_(update.A)
     for name, tensor in state.dense.items():
@@ -90,7 +93,7 @@ def save_directory(
     """
     rank = state.rank
     magnitudes = {name for name in state.dense if name.endswith(".lora_magnitude_vector")}
-    heads = sorted({name.rpartition(".")[0] for name in set(state.dense) - magnitudes})
+    heads = sorted({_head(name) for name in set(state.dense) - magnitudes})
     patterns = {path: update.rank for path, update in sorted(state.modules.items()) if update.rank != rank}
     settings = {
         "peft_type": "LORA",
@@ -129,9 +132,9 @@ def load_directory(directory: Path) -> AdapterState:
     try:
         settings: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
-    except Exception as error:  # noqa: BLE001 - safetensors raises its own type for a bad file
+        return _from_peft_names(tensors, settings["lora_alpha"], settings["use_rslora"])
+    except Exception as error:  # safetensors raises its own type for a bad file
         raise AdapterError(f"{directory}: not a readable PEFT adapter: {error}") from error
-    return _from_peft_names(tensors, settings["lora_alpha"], settings["use_rslora"])
 
 
 def scale(lora_alpha: float, rank: int, use_rslora: bool) -> float:
@@ -150,6 +153,16 @@ def _from_peft_names(tensors: Mapping[str, Tensor], lora_alpha: float, use_rslor
         elif not name.endswith(".lora_B.weight"):
             dense[name] = tensor
     return AdapterState(modules, dense)
+
+
+def _head(name: str) -> str:
+    """The module that a parameter trained in full belongs to.
+
+    PEFT saves a classifier as a whole whether asked to or not: naming a layer inside it breaks the loading.
+    """
+    parts = name.split(".")[:-1]
+    whole = next((place for place, part in enumerate(parts) if part in ("classifier", "score")), len(parts))
+    return ".".join(parts[: whole + 1])
 
 
 def _path(name: str) -> str:

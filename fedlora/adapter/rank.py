@@ -47,7 +47,8 @@ def factored_svd(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     Q_B, R_B = torch.linalg.qr(update.B.double())
     Q_A, R_A = torch.linalg.qr(update.A.double().T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    S = torch.where(S > NULL * S[:1], S, torch.zeros_like(S))
+    floor = NULL * S[:1]
+    S = torch.where(floor < S, S, torch.zeros_like(S))
     return Q_B @ U, S, Vh @ Q_A.T
 
 
@@ -97,9 +98,7 @@ def revive(state: AdapterState, fresh: AdapterState) -> AdapterState:
         dead = (update.B == 0).all(dim=0) & (update.A == 0).all(dim=1)
         if not dead.any():
             return update
-        return LowRank(
-            update.B, torch.where(dead[:, None], spare[: update.rank].to(update.A.dtype), update.A)
-        )
+        return LowRank(update.B, torch.where(dead[:, None], spare[: update.rank].to(update.A.dtype), update.A))
 
     modules = {path: one(update, fresh.modules[path].A) for path, update in state.modules.items()}
     return AdapterState(modules, state.dense)

@@ -30,8 +30,7 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise AdapterError(
-                f"factors do not fit: B {list(self.B.shape)}, A {list(self.A.shape)};"
-                " expected B [out, R] and A [R, in]"
+                f"factors do not fit: B {list(self.B.shape)}, A {list(self.A.shape)}; expected B [out, R] and A [R, in]"
             )
 
     @property
@@ -113,7 +112,6 @@ class AdapterState:
                 problem = "is missing" if name in theirs else "is not part of this adapter"
                 raise AdapterError(f"{name}: {kind} of {whose} {problem}")
             for name in mine:
-                if mine[name].shape != theirs[name].shape:
-                    raise AdapterError(
-                        f"{name}: {whose} sent {tuple(mine[name].shape)}, expected {tuple(theirs[name].shape)}"
-                    )
+                came, expected = tuple(mine[name].shape), tuple(theirs[name].shape)
+                if came != expected:
+                    raise AdapterError(f"{name}: {whose} sent {came}, expected {expected}")

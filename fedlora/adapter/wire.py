@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import struct
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def decode_adapter(payload: bytes) -> AdapterState:
     Raises:
         WireError: if the bytes are not an adapter message of a known schema.
     """
-    note, tensors = _decode(payload, "adapter")
+    _, tensors = _decode(payload, "adapter")
     try:
         return AdapterState.from_tensors(tensors)
     except AdapterError as error:
@@ -79,10 +80,11 @@ def decode_update(payload: bytes, max_bytes: int | None = None) -> ClientUpdate:
         ("metrics", dict),
     ):
         if not isinstance(note.get(key), kind) or isinstance(note.get(key), bool):
-            raise WireError(f"{key} is {note.get(key)!r}; expected {kind.__name__}")
+            raise WireError(f"{key} is {note.get(key)!r:.80}; expected {kind.__name__}")
     for key, value in note["metrics"].items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise WireError(f"metric {key[:80]} is {value!r}; expected a finite number")
+        # math.isfinite raises for an integer that no float can hold
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise WireError(f"metric {key!r:.80} is {value!r:.80}; expected a finite number")
     return ClientUpdate(
         client=note["client"],
         round=note["round"],
@@ -100,7 +102,10 @@ def digest(payload: bytes) -> str:
 
 
 def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # copies: safetensors refuses tensors that share memory
+    ready = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     text = json.dumps({"schema": SCHEMA, **note}, sort_keys=True)
     return safetensors.torch.save(ready, {"fedlora": text})
 
@@ -108,14 +113,23 @@ def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
 def _decode(payload: bytes, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     note = _check_header(payload)
     if note.get("schema") != SCHEMA:
-        raise WireError(f"message has schema {note.get('schema')!r}; this version of fedlora reads {SCHEMA}")
+        raise WireError(f"message has schema {note.get('schema')!r:.80}; this version of fedlora reads {SCHEMA}")
     if note.get("kind") != kind:
-        raise WireError(f"message is of kind {note.get('kind')!r}; expected {kind}")
+        raise WireError(f"message is of kind {note.get('kind')!r:.80}; expected {kind}")
     try:
         tensors = safetensors.torch.load(payload)
-    except Exception as error:  # noqa: BLE001 - whatever the parser objects to, it is this sender's problem
-        raise WireError(f"not a valid safetensors message: {error}") from error
+    except Exception as error:  # whatever the parser objects to, it is this sender's problem
+        raise WireError(f"not a valid safetensors message: {str(error)!r:.200}") from error
     return note, {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+
+
+def _count(shape: Any) -> int:
+    """Values in a tensor of this shape. A product of anything else can overflow, or take minutes."""
+    if not isinstance(shape, list) or len(shape) > 8:
+        raise ValueError("not a shape")
+    if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+        raise ValueError("not a shape")
+    return math.prod(shape)
 
 
 def _check_header(payload: bytes) -> dict[str, Any]:
@@ -124,17 +138,15 @@ def _check_header(payload: bytes) -> dict[str, Any]:
         raise WireError(f"message of {len(payload)} bytes is too short")
     (length,) = struct.unpack("<Q", payload[:8])
     if length > min(MAX_HEADER_BYTES, len(payload) - 8):
-        raise WireError(
-            "header is longer than the message or the limit; the message is truncated or not safetensors"
-        )
+        raise WireError("header is longer than the message or the limit; the message is truncated or not safetensors")
     try:
         header = json.loads(payload[8 : 8 + length])
         note = json.loads(header.pop("__metadata__")["fedlora"])
         for name, entry in header.items():
             start, end = entry["data_offsets"]
-            size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]]
+            size = _count(entry["shape"]) * _DTYPES[entry["dtype"]]
             if not 0 <= start <= end <= len(payload) - 8 - length or end - start != size:
-                raise WireError(f"{name[:80]}: tensor of {size} bytes does not lie inside the message")
+                raise WireError(f"{name!r:.80}: tensor of {size} bytes does not lie inside the message")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"header is not a fedlora message ({type(error).__name__})") from error
     if not isinstance(note, dict):

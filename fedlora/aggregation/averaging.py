@@ -58,7 +58,5 @@ class ZeroPad(Strategy):
         padded = [u.trained.map(lambda update: ranks.pad(update, ctx.rank)) for u in updates]
         return Aggregate(mean_factors(padded, [u.weight for u in updates]), state)
 
-    def redistribute(
-        self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State
-    ) -> AdapterState:
+    def redistribute(self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State) -> AdapterState:
         return adapter.map(lambda update: ranks.first(update, client.rank))

@@ -96,9 +96,7 @@ class Strategy(ABC):
     def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
         """Combine at least one update, given in client order. Must not change its arguments."""
 
-    def redistribute(
-        self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State
-    ) -> AdapterState:
+    def redistribute(self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State) -> AdapterState:
         """The adapter as ``client`` receives it. Default: the best approximation at its rank."""
         return adapter.map(lambda update: ranks.resize(update, client.rank))
 

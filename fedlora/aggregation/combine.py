@@ -14,9 +14,7 @@ from fedlora.protocol import ClientInfo
 def apply_delta(received: AdapterState, delta: Mapping[str, Tensor]) -> AdapterState:
     """The client's adapter after training: received plus delta; parts that did not travel stay."""
     flat = received.tensors()
-    return AdapterState.from_tensors(
-        {name: flat[name] + delta[name] if name in delta else flat[name] for name in flat}
-    )
+    return AdapterState.from_tensors({name: flat[name] + delta[name] if name in delta else flat[name] for name in flat})
 
 
 def make_delta(received: AdapterState, trained: AdapterState, send: frozenset[str]) -> dict[str, Tensor]:
@@ -31,9 +29,7 @@ def part_of(name: str) -> str:
     return part if path else "dense"
 
 
-def combine(
-    strategy: Strategy, updates: Sequence[Contribution], ctx: RoundContext, state: State
-) -> Aggregate:
+def combine(strategy: Strategy, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
     """Aggregate with normalised weights and in client order, whatever order updates came in.
 
     Raises:

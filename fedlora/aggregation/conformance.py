@@ -69,7 +69,7 @@ def check_all(strategy: Strategy) -> list[tuple[Law, LawBroken]]:
             law.check(strategy)
         except LawBroken as error:
             broken.append((law, error))
-        except Exception as error:  # a plug-in may raise anything
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
             failure = LawBroken(f"raised {type(error).__name__}: {error}")
             failure.__cause__ = error
             broken.append((law, failure))
@@ -124,9 +124,7 @@ def _cohort(strategy: Strategy) -> list[ClientInfo]:
     return _clients(MIXED if strategy.traits.mixed_ranks else [RANK] * len(NAMES))
 
 
-def _train(
-    strategy: Strategy, start: _Start, clients: Sequence[ClientInfo], salt: str = ""
-) -> list[Contribution]:
+def _train(strategy: Strategy, start: _Start, clients: Sequence[ClientInfo], salt: str = "") -> list[Contribution]:
     """What the server holds once every client has trained: weights 1, 2, 3, ... are not normalised."""
     updates = []
     for client, weight in zip(clients, WEIGHTS, strict=False):
@@ -253,16 +251,15 @@ def _refuses_unequal_ranks(strategy: Strategy) -> None:
         if "ben" not in str(refusal):
             raise LawBroken(f"{told}: the refusal does not name ben: {refusal}") from refusal
     except Exception as error:
-        raise LawBroken(
-            f"{told}: expected a RankError that names ben, came {type(error).__name__}: {error}"
-        ) from error
+        raise LawBroken(f"{told}: expected a RankError that names ben, came {type(error).__name__}: {error}") from error
     else:
         raise LawBroken(f"{told}: expected a RankError that names ben, came an adapter")
 
 
 def _state_survives(strategy: Strategy) -> None:
-    restarted = copy.deepcopy(strategy)  # another process: the strategy as it was made, and the saved state
+    made = copy.deepcopy(strategy)
     for start in _rounds(strategy, 3):
+        restarted = copy.deepcopy(made)  # in another process it remembers nothing but the state
         restored = replace(start, state=load_state(save_state(start.state)))
         _same_tree(restored.state, start.state, f"the state at round {start.ctx.round} was saved and loaded")
         one, other = (
@@ -499,8 +496,7 @@ def _same_tree(came: object, expected: object, told: str, place: str = "") -> No
     elif isinstance(came, Tensor) and isinstance(expected, Tensor):
         if came.shape != expected.shape or came.dtype != expected.dtype:
             raise LawBroken(
-                f"{told}: {place} should be {expected.dtype} {list(expected.shape)},"
-                f" is {came.dtype} {list(came.shape)}"
+                f"{told}: {place} should be {expected.dtype} {list(expected.shape)}, is {came.dtype} {list(came.shape)}"
             )
         if not torch.equal(came, expected):
             raise LawBroken(f"{told}: {place} {list(expected.shape)}: {_worst(came, expected)}")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def _open(data: DataConfig, count: int, seed: int) -> Corpus:
     return Corpus(train.form, train.table, table, kept, heldout, labels)
 
 
-def partition(table: Dataset, how: PartitionConfig, count: int, seed: int, origin: str = "data") -> dict[str, list[int]]:
+def partition(
+    table: Dataset, how: PartitionConfig, count: int, seed: int, origin: str = "data"
+) -> dict[str, list[int]]:
     """Row indices of every client.
 
     Returns:
@@ -106,12 +109,16 @@ def partition(table: Dataset, how: PartitionConfig, count: int, seed: int, origi
                 f" (columns: {table.column_names})"
             )
     if len(table) < count:
-        raise DataError(f"data: {len(table)} rows of {origin} cannot be divided among {count} clients; lower clients.count")
+        raise DataError(
+            f"data: {len(table)} rows of {origin} cannot be divided among {count} clients; lower clients.count"
+        )
     partitioner = _partitioner(how, column, count, derive_seed(seed, 0, "", "partition") % 2**32)
     columns = {_ROW: list(range(len(table)))} | ({column: table[column][:]} if column else {})
     partitioner.dataset = Dataset.from_dict(columns)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar with no switch of its own
+        # a progress bar with no switch of its own, and warnings about draws that are repeated
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             parts = [partitioner.load_partition(i)[_ROW] for i in range(partitioner.num_partitions)]
     except (ValueError, RuntimeError) as error:
         cause = " ".join(str(error).split())
@@ -185,7 +192,9 @@ def _split_off_test(
         row for rows in groups.values() for row in draw.permutation(rows)[: max(int(len(rows) * fraction), 0)].tolist()
     )
     if not held:
-        raise DataError(f"data: {len(train.table)} rows of {train.origin} are too few to hold out a test set; give data.test_file")
+        raise DataError(
+            f"data: {len(train.table)} rows of {train.origin} are too few to hold out a test set; give data.test_file"
+        )
     taken = set(held)
     kept = [row for row in range(len(train.table)) if row not in taken]
     position = {row: index for index, row in enumerate(kept)}

@@ -31,7 +31,12 @@ class Encoded:
 
 
 def encode(
-    rows: Sequence[dict[str, Any]], form: str, tokenizer: Any, max_length: int, labels: Sequence[str] = (), where: str = "data"
+    rows: Sequence[dict[str, Any]],
+    form: str,
+    tokenizer: Any,
+    max_length: int,
+    labels: Sequence[str] = (),
+    where: str = "data",
 ) -> Encoded:
     """Tokenise rows of one form.
 
@@ -78,7 +83,9 @@ def encode(
     return Encoded(examples, len(rows) - len(examples))
 
 
-def _spans(row: dict[str, Any], form: str, tokenizer: Any, where: str, number: int) -> tuple[str, list[tuple[int, int]]]:
+def _spans(
+    row: dict[str, Any], form: str, tokenizer: Any, where: str, number: int
+) -> tuple[str, list[tuple[int, int]]]:
     """The row's whole text, and the character ranges to learn."""
     end = tokenizer.eos_token or ""
     if form == "text":
@@ -113,10 +120,12 @@ def _chat_spans(messages: Any, tokenizer: Any, where: str) -> tuple[str, list[tu
                 before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
                 through = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
                 if not whole.startswith(through.rstrip()) or not through.startswith(before):
-                    raise DataError(f"{where}: the chat template rewrites earlier turns; give rows as prompt and completion")
+                    raise DataError(
+                        f"{where}: the chat template rewrites earlier turns; give rows as prompt and completion"
+                    )
                 learned.append((len(before), len(through.rstrip())))
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - a template may raise whatever its author wrote
+    except Exception as error:
         raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
     return whole, learned

@@ -144,7 +144,9 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     except OSError as error:
-        raise ModelError(f"cannot write the model cache {target.parent}: {error.strerror}; set FEDLORA_CACHE") from error
+        raise ModelError(
+            f"cannot write the model cache {target.parent}: {error.strerror}; set FEDLORA_CACHE"
+        ) from error
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a conversion nobody asked to see
             build(scratch)

@@ -14,7 +14,12 @@ from fedlora.training.objective import targets_and_logits
 
 @torch.no_grad()
 def evaluate(
-    model: Any, examples: Sequence[Example], batch_size: int, pad_token_id: int, device: torch.device, subject: str = ""
+    model: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    subject: str = "",
 ) -> EvalResult:
     """Loss and correct rows, as sums.
 

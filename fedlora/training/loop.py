@@ -54,7 +54,11 @@ def train(
     device = parameters[0].device
     accumulation = options.gradient_accumulation_steps
     steps = steps_of(
-        len(examples), options.per_device_train_batch_size, accumulation, options.max_steps, options.num_train_epochs
+        len(examples),
+        options.per_device_train_batch_size,
+        accumulation,
+        options.max_steps,
+        options.num_train_epochs,
     )
     optimizer = _optimizer(parameters, options)
     scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, steps)
@@ -78,7 +82,9 @@ def train(
                 rows += len(part)
             losses.append(float(loss_sum))
             if not math.isfinite(losses[-1]):
-                raise FedLoRAError(f"the loss became {losses[-1]} at step {step + 1} of {steps}; lower training.learning_rate")
+                raise FedLoRAError(
+                    f"the loss became {losses[-1]} at step {step + 1} of {steps}; lower training.learning_rate"
+                )
             if options.max_grad_norm:
                 nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             optimizer.step()

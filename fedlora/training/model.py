@@ -98,7 +98,7 @@ class AdaptedModel:
         name = f"r{rank}"
         config = LoraConfig(
             r=rank,
-            lora_alpha=self.spec.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=self.spec.lora_alpha,
             lora_dropout=self.spec.lora_dropout,
             use_rslora=self.spec.use_rslora,
             use_dora=self.spec.use_dora,
@@ -286,16 +286,26 @@ def _nf4(device: torch.device) -> Any:
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Quiet loading; whatever goes wrong becomes one sentence."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = " (a path that does not exist is looked up on the hub)" if isinstance(error, OSError) else ""
+        raise ModelError(f"model.name: cannot load {name}: {cause[:300]}{hint}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and warnings of transformers: the screen belongs to the run."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        hint = " (a path that does not exist is looked up on the hub)" if isinstance(error, OSError) else ""
-        raise ModelError(f"model.name: cannot load {name}: {cause[:300]}{hint}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:

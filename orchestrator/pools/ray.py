@@ -97,7 +97,10 @@ class RayPool:
                 if tries < self._settings.task_retries:
                     waiting.appendleft((index, tries + 1))
                 else:
-                    yield index, failed(tasks[index], f"its worker died {tries + 1} times ({_first_line(error)})")
+                    yield (
+                        index,
+                        failed(tasks[index], f"its worker died {tries + 1} times ({_first_line(error)})"),
+                    )
             except RayTaskError as error:
                 yield index, failed(tasks[index], f"{type(error.cause).__name__}: {error.cause}")
             else:

@@ -126,19 +126,29 @@ def open_folder(config: RunConfig, overwrite: bool) -> tuple[Path, bool]:
     """
     folder = Path(config.output_dir)
     if folder.is_dir() and any(folder.iterdir()):
-        if overwrite:
-            _remove_run(folder)
-        else:
-            previous = read_config(folder)
-            if previous.sha256() == config.sha256():
-                return folder, True
-            keys = ", ".join(differences(config, previous)[:5])
-            raise RunFolderError(
-                f"{folder} holds a run of another configuration (different: {keys}); choose another with"
-                " --set output_dir=..., replace it with --overwrite, or go on with it: fedlora resume " + str(folder)
-            )
+        if not overwrite and check_folder(folder, config):
+            return folder, True
+        _remove_run(folder)
     write_atomic(folder / "config.yaml", config.to_yaml())
     return folder, False
+
+
+def check_folder(folder: Path, config: RunConfig) -> bool:
+    """Whether a folder that is not empty holds this very run; False if nothing in it needs protection.
+
+    Raises:
+        RunFolderError: not a run folder, or a run of another configuration with committed rounds.
+    """
+    previous = read_config(folder)
+    if previous.sha256() == config.sha256():
+        return True
+    if not any((folder / "checkpoints").glob("round-*")):
+        return False  # it failed before its first commit
+    keys = ", ".join(differences(config, previous)[:5])
+    raise RunFolderError(
+        f"{folder} holds a run of another configuration (different: {keys}); choose another with"
+        f" --set output_dir=..., replace it with --overwrite, or go on with it: fedlora resume {folder}"
+    )
 
 
 def read_config(folder: Path) -> RunConfig:

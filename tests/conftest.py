@@ -1,0 +1,59 @@
+"""Shared by all tests: small federations, and where the real data is if it is there."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+
+from fedlora.config import RunConfig, parse_config
+
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def toy_config(output_dir: Path | str, **changes: Any) -> RunConfig:
+    """Six clients at ranks 2, 4 and 8 on the toy topics; dotted names change single keys."""
+    content: dict[str, Any] = {
+        "name": "toy",
+        "model": {"name": "builtin:tiny-bert"},
+        "data": {"name": "builtin:toy", "max_length": 32, "partition": {"method": "dirichlet", "alpha": 1.0}},
+        "clients": {"count": 6, "ranks": [2, 4, 8]},
+        "lora": {"r": 8, "target_modules": ["query", "value"]},
+        "training": {"learning_rate": 0.01, "max_steps": 2, "per_device_train_batch_size": 8},
+        "rounds": 3,
+        "threads": 1,
+        "output_dir": str(output_dir),
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return parse_config(content)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Callable[..., RunConfig]:
+    """``toy_config`` writing to this test's folder."""
+    return lambda **changes: toy_config(tmp_path / "run", **changes)
+
+
+@pytest.fixture
+def clinc150() -> Path:
+    """The CLINC150 files; the test is skipped where they are absent."""
+    folder = SHARED_DATA / "clinc150"
+    if not folder.is_dir():
+        pytest.skip(f"needs the CLINC150 files in {folder}")
+    return folder
+
+
+def quiet(event: str, fields: Any) -> None:
+    """A listener that hears nothing."""

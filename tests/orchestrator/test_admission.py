@@ -1,0 +1,209 @@
+"""Hostile updates: each costs one client, and the global adapter is that of the others."""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.adapter.initial import initial_adapter
+from fedlora.adapter.wire import decode_adapter, encode_update
+from fedlora.aggregation import STRATEGIES
+from fedlora.errors import RoundError
+from fedlora.protocol import ClientInfo, EvalResult, EvalTask, Reply, TrainTask
+from orchestrator.rounds import Federation, play_round
+from orchestrator.state import RunState
+
+SITES = {"layer": (20, 8)}
+DENSE = {"head": torch.zeros(3)}
+MEMBERS = [ClientInfo(f"c{i}", 4, 100 + i) for i in range(5)]
+
+
+class ScriptedPool:
+    """Answers tasks with seeded deltas; one client's answer goes through ``tamper`` first."""
+
+    workers = 1
+
+    def __init__(self, tamper: Callable[[TrainTask, dict[str, Any]], bytes | None] | None = None):
+        self._tamper = tamper
+
+    def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        for task in tasks:
+            honest = answer(task)
+            payload = encode_update(**honest)
+            if task.client == "c2" and self._tamper:
+                payload = self._tamper(task, honest) or payload
+            yield Reply(task.client, payload)
+
+    def evaluate(self, tasks: Sequence[EvalTask]) -> list[EvalResult]:
+        return [EvalResult(task.subject, 1.0, 1, 1, 1) for task in tasks]
+
+
+def answer(task: TrainTask) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(task.seed)
+    received = decode_adapter(task.adapter).tensors()
+    delta = {name: torch.randn(t.shape, generator=generator) for name, t in received.items()}
+    registered = next(m for m in MEMBERS if m.id == task.client).num_examples
+    return {
+        "client": task.client,
+        "round": task.round,
+        "received": task.received,
+        "delta": delta,
+        "num_examples": registered,
+        "metrics": {"loss": 1.0, "tokens": 10},
+    }
+
+
+def federation(pool: Any, members: Sequence[ClientInfo] = MEMBERS, events: list[Any] | None = None) -> Federation:
+    return Federation(
+        pool=pool,
+        strategy=STRATEGIES.create("flexlora"),
+        members=members,
+        fresh=initial_adapter(SITES, DENSE, 4, 0),
+        seed=0,
+        rounds=9,
+        rank=4,
+        per_round=1.0,
+        weighting="examples",
+        max_update_norm=1e3,
+        evaluate_every=1,
+        evaluate_clients=False,
+        emit=lambda event, fields: (events if events is not None else []).append((event, dict(fields))),
+    )
+
+
+def first_state(fed: Federation) -> RunState:
+    return RunState(0, fed.fresh, {}, "config", "base")
+
+
+def after_round(tamper: Any = None, members: Sequence[ClientInfo] = MEMBERS) -> RunState:
+    fed = federation(ScriptedPool(tamper), members)
+    return play_round(fed, play_round(fed, first_state(fed)))
+
+
+def with_delta(change: Callable[[dict[str, torch.Tensor]], None]) -> Any:
+    def tamper(task: TrainTask, honest: dict[str, Any]) -> bytes:
+        change(honest["delta"])
+        return encode_update(**honest)
+
+    return tamper
+
+
+def with_field(**fields: Any) -> Any:
+    return lambda task, honest: encode_update(**(honest | fields))
+
+
+class Replay:
+    """Sends the answer of the first round again in the second."""
+
+    def __init__(self) -> None:
+        self.first: bytes | None = None
+
+    def __call__(self, task: TrainTask, honest: dict[str, Any]) -> bytes:
+        if self.first is None:
+            self.first = encode_update(**honest)
+            return b"noise"  # in the first round this client is refused too, so that both rounds compare
+        return self.first
+
+
+ATTACKS: dict[str, tuple[Any, str]] = {
+    "NaN": (lambda: with_delta(lambda d: d["layer:A"][0, 0].fill_(float("nan"))), "not finite"),
+    "infinite": (lambda: with_delta(lambda d: d[":head"].fill_(float("inf"))), "not finite"),
+    "wrong shape": (lambda: with_delta(lambda d: d.update({"layer:B": torch.ones(4, 20)})), "expected [20, 4]"),
+    "extra key": (lambda: with_delta(lambda d: d.update({"other:B": torch.ones(1, 1)})), "was not asked for"),
+    "missing key": (lambda: with_delta(lambda d: d.pop("layer:A")), "is missing"),
+    "one row that would broadcast": (
+        lambda: with_delta(lambda d: d.update({"layer:A": torch.ones(1, 8)})),
+        "shape [1, 8], expected [4, 8]",
+    ),
+    "1e9 examples": (lambda: with_field(num_examples=10**9), "claims 1000000000 examples"),
+    "no examples": (lambda: with_field(num_examples=0), "claims 0 examples"),
+    "replayed from last round": (Replay, "replayed"),
+    "signed by another": (lambda: with_field(client="c1"), "signed 'c1'"),
+    "huge": (lambda: with_delta(lambda d: d["layer:B"].mul_(1e6)), "above admission.max_update_norm"),
+    "pickle": (lambda: lambda task, honest: pickle.dumps(honest), "not a valid message"),
+    "truncated": (lambda: lambda task, honest: encode_update(**honest)[:-7], "not a valid message"),
+    "oversized": (lambda: lambda task, honest: encode_update(**honest) + bytes(10**6), "at most"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_bad_update_is_refused_with_its_reason_and_the_adapter_is_that_of_the_other_four(name: str) -> None:
+    make, reason = ATTACKS[name]
+    attacked = after_round(make())
+    assert attacked.row is not None
+    assert reason in attacked.row["refused"]["c2"]
+    assert attacked.row["admitted"] == ["c0", "c1", "c3", "c4"]
+    others = after_round(members=[member for member in MEMBERS if member.id != "c2"])
+    for tensor_name, tensor in others.adapter.tensors().items():
+        assert torch.equal(attacked.adapter.tensors()[tensor_name], tensor), tensor_name
+
+
+def test_a_second_answer_in_one_round_is_refused_and_the_first_stands() -> None:
+    class Twice(ScriptedPool):
+        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+            for reply in super().train(tasks):
+                yield from (reply, reply)
+
+    once, twice = (play_round(federation(p), first_state(federation(p))) for p in (ScriptedPool(), Twice()))
+    assert twice.row is not None
+    assert len(twice.row["refused"]) == 5
+    assert all(torch.equal(t, twice.adapter.tensors()[n]) for n, t in once.adapter.tensors().items())
+
+
+def test_an_answer_nobody_asked_for_is_refused() -> None:
+    class Stranger(ScriptedPool):
+        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+            for reply in super().train(tasks):
+                yield replace(reply, client="mallory") if reply.client == "c2" else reply
+
+    fed = federation(Stranger())
+    row = play_round(fed, first_state(fed)).row
+    assert row is not None
+    assert row["refused"] == {"mallory": "was not asked in this round"}
+
+
+def test_a_round_without_one_usable_update_is_an_error_with_the_first_reason() -> None:
+    class Broken(ScriptedPool):
+        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+            yield from (Reply(task.client, error="out of memory") for task in tasks)
+
+    fed = federation(Broken())
+    with pytest.raises(RoundError, match=r"none of 5 clients delivered a usable update \(c0: out of memory\)"):
+        play_round(fed, first_state(fed))
+
+
+def test_the_order_of_arrival_changes_nothing() -> None:
+    class Backwards(ScriptedPool):
+        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+            yield from reversed(list(super().train(tasks)))
+
+    forwards, backwards = (
+        play_round(federation(p), first_state(federation(p))) for p in (ScriptedPool(), Backwards())
+    )
+    assert all(torch.equal(t, backwards.adapter.tensors()[n]) for n, t in forwards.adapter.tensors().items())
+    assert forwards.row is not None
+    assert backwards.row is not None
+    assert forwards.row["admitted"] == backwards.row["admitted"]
+
+
+def test_playing_a_round_leaves_the_state_it_came_from_untouched() -> None:
+    fed = federation(ScriptedPool())
+    state = first_state(fed)
+    before = {name: tensor.clone() for name, tensor in state.adapter.tensors().items()}
+    play_round(fed, state)
+    assert state.round == 0
+    assert all(torch.equal(t, before[n]) for n, t in state.adapter.tensors().items())
+
+
+def test_clients_of_one_rank_share_one_payload() -> None:
+    class Watching(ScriptedPool):
+        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+            assert len({id(task.adapter) for task in tasks}) == 2
+            yield from super().train(tasks)
+
+    members = [replace(member, rank=(2, 4)[i % 2]) for i, member in enumerate(MEMBERS)]
+    fed = federation(Watching(), members)
+    play_round(fed, first_state(fed))

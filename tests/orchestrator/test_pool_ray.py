@@ -1,0 +1,84 @@
+"""The Ray pool, on a real Ray of two workers on this machine."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedlora.errors import DataError
+from fedlora.protocol import ClientPool
+from orchestrator import launch
+from orchestrator.pools.ray import RayPool
+from tests.conftest import quiet, toy_config
+from tests.pools import PoolSuite, tasks_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One Ray for this module; pools join it."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class TestRayPool(PoolSuite):
+    @pytest.fixture(scope="class")
+    def pool(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClientPool]:
+        pool = RayPool(toy_config(tmp_path_factory.mktemp("ray"), pool="ray", ray__workers=2))
+        yield pool
+        pool.close()
+
+
+def test_a_worker_killed_in_a_round_is_replaced_and_its_task_is_done_again(tmp_path: Path) -> None:
+    pool = RayPool(toy_config(tmp_path, pool="ray", ray__workers=2, training__max_steps=20))
+    try:
+        tasks = tasks_for(pool)
+        pids = pool.pids()
+        replies = []
+        for reply in pool.train(tasks):
+            if not replies:
+                os.kill(pids[0], signal.SIGKILL)
+            replies.append(reply)
+        assert sorted(reply.client for reply in replies) == sorted(task.client for task in tasks)
+        assert all(reply.payload is not None for reply in replies)
+        assert len(set(pids) & set(pool.pids())) == 1
+        assert len(list(pool.train(tasks_for(pool, round=2)))) == len(tasks)
+    finally:
+        pool.close()
+
+
+def test_without_retries_a_killed_worker_costs_its_own_client_only(tmp_path: Path) -> None:
+    pool = RayPool(toy_config(tmp_path, pool="ray", ray__workers=2, ray__task_retries=0, training__max_steps=20))
+    try:
+        tasks, pids = tasks_for(pool), pool.pids()
+        replies = []
+        for reply in pool.train(tasks):
+            if not replies:
+                os.kill(pids[0], signal.SIGKILL)
+            replies.append(reply)
+        failed = [reply for reply in replies if reply.payload is None]
+        assert len(replies) == len(tasks)
+        assert len(failed) == 1
+        assert "its worker died" in (failed[0].error or "")
+    finally:
+        pool.close()
+
+
+def test_a_run_on_ray_ends_with_the_scores_of_the_local_run(tmp_path: Path) -> None:
+    local = launch.run(toy_config(tmp_path / "local"), quiet)
+    ray = launch.run(toy_config(tmp_path / "ray", pool="ray", ray__workers=2), quiet)
+    assert ray["final"]["loss"] == pytest.approx(local["final"]["loss"], rel=1e-4)
+    assert ray["final"]["accuracy"] == pytest.approx(local["final"]["accuracy"], abs=0.02)
+    assert [worker["base_loads"] for worker in ray["workers"]] == [1, 1]
+    assert (ray["bytes_up"], ray["bytes_down"]) == (local["bytes_up"], local["bytes_down"])
+
+
+def test_an_error_of_ours_in_a_worker_arrives_as_itself(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file missing.jsonl"):
+        RayPool(toy_config(tmp_path, pool="ray", ray__workers=1, data__train_file="missing.jsonl"))
