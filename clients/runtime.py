@@ -64,9 +64,9 @@ class ClientRuntime:
         model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
         insert(model, name, received)
         parameters = set_trainable(model, name, task.plan.train)
-        examples = self._examples(task.client).examples
+        rows = self._examples(task.client)
         result = train(
-            model, parameters, examples, self._config.training, task.seed, adapted.base.tokenizer.pad_token_id
+            model, parameters, rows.examples, self._config.training, task.seed, adapted.base.tokenizer.pad_token_id
         )
         metrics = {
             "loss": result.loss,
@@ -74,10 +74,10 @@ class ClientRuntime:
             "steps": result.steps,
             "tokens": result.tokens,
             "rows": result.rows,
+            "dropped_rows": rows.dropped,
         }
         delta = make_delta(received, extract(model, name), task.plan.send)
-        rows = len(self.corpus.shards[task.client])
-        return encode_update(task.client, task.round, task.received, delta, rows, metrics)
+        return encode_update(task.client, task.round, task.received, delta, len(rows.examples), metrics)
 
     def evaluate(self, task: EvalTask) -> EvalResult:
         """Score an adapter on a client's held-out rows, or on the server's."""

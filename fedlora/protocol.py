@@ -95,7 +95,7 @@ class ClientUpdate:
         client, round, received: quoted from the task.
         delta: trained minus received, by tensor name (see ``AdapterState.tensors``); only the parts
             that travel are present.
-        num_examples: rows of the client's shard, the aggregation weight.
+        num_examples: rows of the client that can be learned from, the aggregation weight.
         metrics: finite numbers, such as ``loss``, ``steps``, ``tokens``.
         wire_bytes: size of the message as it travelled.
     """

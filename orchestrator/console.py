@@ -69,6 +69,10 @@ class Screen:
         self._say(f"resuming after round {fields['round']}")
 
     def _on_run_started(self, fields: Mapping[str, Any]) -> None:
+        clients = fields["clients"]
+        ranks = ", ".join(f"rank {rank}: {count}" for rank, count in clients["ranks"].items())
+        sizes = f"{clients['smallest']} to {clients['largest']} rows each (median {clients['median']})"
+        self._say(f"{clients['count']} clients with {sizes}; {ranks}")
         if fields["initial"] and not fields["round"]:
             self._say(f"before training: {_scores(fields['initial'])}")
 
@@ -108,6 +112,8 @@ class Screen:
         lost = len(fields["refused"]) + len(fields["failed"])
         line += f"  {len(fields['admitted'])} of {len(fields['selected'])} updates" if lost else ""
         self._say(f"{line}  {sum(fields['seconds'].values()):.1f} s")
+        if fields["dropped_rows"] and fields["round"] == 1:
+            self._say(f"[yellow]{fields['dropped_rows']} rows[/] have no token to learn from within data.max_length")
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:

@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -102,7 +103,8 @@ def _play(config: RunConfig, folder: Path, state: RunState | None, listen: Liste
                     commit(folder, state, config.keep_checkpoints)
                 _check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
-                fed.emit("run_started", {"round": state.round, "rounds": config.rounds, "initial": state.initial})
+                facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
+                fed.emit("run_started", facts | {"clients": describe_members(fed.members)})
                 while state.round < config.rounds:
                     state = _commit_round(fed, state, config, folder, metrics, began)
                 return _finish(config, folder, state, fed, base, began)
@@ -265,6 +267,20 @@ def _facts(config: RunConfig, state: RunState | None) -> dict[str, Any]:
     }
 
 
+def describe_members(members: Sequence[ClientInfo]) -> dict[str, Any]:
+    """The partition in a few numbers: clients, rows, ranks."""
+    rows = sorted(member.num_examples for member in members)
+    counts = Counter(member.rank for member in members)
+    return {
+        "count": len(rows),
+        "rows": sum(rows),
+        "smallest": rows[0],
+        "median": rows[len(rows) // 2],
+        "largest": rows[-1],
+        "ranks": {str(rank): counts[rank] for rank in sorted(counts)},
+    }
+
+
 def _write_members(folder: Path, members: Sequence[ClientInfo], base: BaseInfo) -> None:
     rows = [
         {
@@ -287,6 +303,7 @@ def _mark(folder: Path, status: str, reason: str) -> None:
         with closing(JsonLines(folder / "journal.jsonl")) as journal:
             journal.append(_stamped(event, {"reason": reason}))
         write_json(folder / "summary.json", {"status": status, "reason": reason})
+        write_report(folder)
 
 
 def _stamped(event: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -186,8 +186,14 @@ def _collect(
     if not used:
         reasons = [f"{client}: {reason}" for client, reason in {**failed, **refused}.items()]
         raise RoundError(f"round {number}: none of {len(asked)} clients delivered a usable update ({reasons[0]})")
-    tokens = sum(int(contribution.metrics.get("tokens", 0)) for contribution in used.values())
-    outcome = {"refused": refused, "failed": failed, "bytes_up": bytes_up, "train_tokens": tokens}
+    tokens, dropped = (int(sum(c.metrics.get(name, 0) for c in used.values())) for name in ("tokens", "dropped_rows"))
+    outcome = {
+        "refused": refused,
+        "failed": failed,
+        "bytes_up": bytes_up,
+        "train_tokens": tokens,
+        "dropped_rows": dropped,
+    }
     return [used[client] for client in asked if client in used], outcome
 
 

@@ -31,7 +31,7 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     try:
         corpus = open_corpus(config.data, config.clients.count, config.seed)
         rows = sorted(len(shard) for shard in corpus.shards.values())
-        facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, {corpus.form}"
+        facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, form: {corpus.form}"
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.memory_gb, config.seed)

@@ -118,7 +118,7 @@ def save_directory(
     for name, tensor in state.dense.items():
         tensors[f"{_PREFIX}{name}"] = tensor.contiguous()
     directory.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
