@@ -8,7 +8,7 @@ import resource
 import torch
 
 from clients.ranks import assign_ranks
-from fedlora.adapter.peft import extract, insert, set_trainable
+from fedlora.adapter.peft import extract, insert, scale, set_trainable
 from fedlora.adapter.wire import decode_adapter, encode_update
 from fedlora.aggregation.combine import make_delta
 from fedlora.config import RunConfig
@@ -65,9 +65,10 @@ class ClientRuntime:
         insert(model, name, received)
         parameters = set_trainable(model, name, task.plan.train)
         rows = self._examples(task.client)
-        result = train(
-            model, parameters, rows.examples, self._config.training, task.seed, adapted.base.tokenizer.pad_token_id
-        )
+        options = self._config.training
+        decayed = options.learning_rate * options.round_decay ** (task.round - 1)
+        options = options.model_copy(update={"learning_rate": decayed})
+        result = train(model, parameters, rows.examples, options, task.seed, adapted.base.tokenizer.pad_token_id)
         metrics = {
             "loss": result.loss,
             "first_loss": result.first_loss,
@@ -164,9 +165,8 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
     targets = lora.target_modules
     return AdapterSpec(
         target_modules=targets if isinstance(targets, str) else tuple(targets),
-        lora_alpha=lora.lora_alpha,
+        scaling=scale(lora.lora_alpha, lora.r, lora.use_rslora),
         lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=tuple(lora.modules_to_save) if lora.modules_to_save else None,
     )

@@ -120,7 +120,7 @@ class LoraConfig(_Section):
     """The adapter, under PEFT's names."""
 
     r: int = Field(8, ge=1, description="rank of the global adapter, and of clients without their own")
-    lora_alpha: float = Field(16, gt=0, description="as in PEFT: a client of rank r scales by lora_alpha / r")
+    lora_alpha: float = Field(16, gt=0, description="scaling is lora_alpha / lora.r for every client, at any rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = Field("all-linear", description="names, or all-linear")
     use_rslora: bool = False
@@ -141,6 +141,7 @@ class TrainingConfig(_Section):
     """Local training, under the Trainer's names."""
 
     learning_rate: float = Field(1e-3, gt=0)
+    round_decay: float = Field(1.0, gt=0, le=1, description="learning_rate is multiplied by this after every round")
     per_device_train_batch_size: int = Field(16, ge=1)
     per_device_eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)

@@ -12,6 +12,7 @@ from fedlora.errors import UpdateRefused, WireError
 from fedlora.protocol import ClientInfo, ClientUpdate, TrainTask
 
 _SLACK = 64 << 10  # header, names and metrics of a message
+_LARGEST_METRIC = 1e12  # anything above is not a measurement, and sums of it overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,9 @@ def admit(payload: bytes, expected: Expectation) -> ClientUpdate:
         raise UpdateRefused(
             f"claims {update.num_examples} examples; the client registered {expected.client.num_examples}"
         )
+    for name, value in update.metrics.items():
+        if abs(value) > _LARGEST_METRIC:
+            raise UpdateRefused(f"metric {name[:80]} is {value:.3g}, above {_LARGEST_METRIC:g}")
     shapes = expected.shapes
     for name in sorted(set(shapes) ^ set(update.delta)):
         raise UpdateRefused(f"tensor {name[:120]} " + ("is missing" if name in shapes else "was not asked for"))

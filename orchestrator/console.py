@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from orchestrator.units import human_bytes
+
 
 class JsonScreen:
     """Every event as one JSON line on standard output."""
@@ -129,7 +131,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         ("rounds", summary.get("rounds")),
         (
             "bytes up, down",
-            f"{human_bytes(summary.get('bytes_up'))}, {human_bytes(summary.get('bytes_down'))}",
+            f"{_size(summary.get('bytes_up'))}, {_size(summary.get('bytes_down'))}",
         ),
         ("wall time", f"{summary.get('wall_s', 0):.1f} s"),
         ("peak memory", f"{summary.get('peak_rss_mb', 0):.0f} MB"),
@@ -138,17 +140,6 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     ):
         table.add_row(name, escape(str(value)))
     console.print(table)
-
-
-def human_bytes(count: float | None) -> str:
-    """Bytes with a unit, powers of 1000."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _scores(scores: Mapping[str, float]) -> str:
@@ -161,3 +152,7 @@ def _share(scores: Mapping[str, float] | None) -> str:
 
 def _loss(scores: Mapping[str, float] | None) -> str:
     return f"{scores['loss']:.4f}" if scores else "-"
+
+
+def _size(count: float | None) -> str:
+    return "-" if count is None else human_bytes(count)

@@ -179,10 +179,8 @@ def _collect(
         trained = apply_delta(expected.received, update.delta)
         weight = float(update.num_examples) if fed.weighting == "examples" else 1.0
         used[reply.client] = Contribution(expected.client, weight, trained, expected.received, update.metrics)
-        fed.emit(
-            "update_admitted",
-            {"round": number, "client": reply.client, "bytes": update.wire_bytes, "seconds": reply.seconds},
-        )
+        facts = {"bytes": update.wire_bytes, "seconds": reply.seconds, "metrics": dict(update.metrics)}
+        fed.emit("update_admitted", {"round": number, "client": reply.client, **facts})
     if not used:
         reasons = [f"{client}: {reason}" for client, reason in {**failed, **refused}.items()]
         raise RoundError(f"round {number}: none of {len(asked)} clients delivered a usable update ({reasons[0]})")

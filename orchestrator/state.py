@@ -69,7 +69,7 @@ def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     note = {
         "schema": SCHEMA,
         "round": state.round,
-        "strategy": _pack_tree(state.strategy, "strategy", tensors),
+        "strategy": _pack_tree(state.strategy, tensors),
         "config_sha256": state.config_sha256,
         "base_fingerprint": state.base_fingerprint,
         "totals": asdict(state.totals),
@@ -113,15 +113,17 @@ def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RunState:
         raise CheckpointError(f"the checkpoint lacks {error}") from error
 
 
-def _pack_tree(tree: State, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _pack_tree(tree: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
     packed: dict[str, Any] = {}
     for key, value in tree.items():
-        place = f"{path}/{key}"
         if isinstance(value, Tensor):
-            tensors[place] = value
+            # numbered, not named after keys that may contain anything; cloned, since a strategy may keep a
+            # tensor that is also part of the adapter and safetensors refuses shared memory
+            place = f"strategy/{len(tensors)}"
+            tensors[place] = value.detach().clone()
             packed[key] = {"$tensor": place}
         elif isinstance(value, Mapping):
-            packed[key] = _pack_tree(value, place, tensors)
+            packed[key] = _pack_tree(value, tensors)
         else:
             packed[key] = value
     return packed

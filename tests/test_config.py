@@ -41,7 +41,9 @@ def test_a_wrong_type_says_what_came() -> None:
     ]
 
 
-@pytest.mark.parametrize("ranks", [0, [4, 0], [], "four", {"distribution": {}}, {"by_size": {4: 1}}, {"distribution": {0: 1}}])
+@pytest.mark.parametrize(
+    "ranks", [0, [4, 0], [], "four", {"distribution": {}}, {"by_size": {4: 1}}, {"distribution": {0: 1}}]
+)
 def test_ranks_that_are_not_ranks_are_refused(ranks: object) -> None:
     assert "clients.ranks" in problems({**MINIMAL, "clients": {"ranks": ranks}})[0]
 

@@ -53,12 +53,15 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Where adapters go and how they scale; PEFT's names."""
+    """Where adapters go and how they scale.
+
+    Attributes:
+        scaling: factor in front of ``B @ A``, the same at every rank.
+    """
 
     target_modules: tuple[str, ...] | str
-    lora_alpha: float
+    scaling: float
     lora_dropout: float = 0.0
-    use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] | None = None
 
@@ -98,9 +101,8 @@ class AdaptedModel:
         name = f"r{rank}"
         config = LoraConfig(
             r=rank,
-            lora_alpha=self.spec.lora_alpha,
+            lora_alpha=self.spec.scaling * rank,  # PEFT divides by the rank
             lora_dropout=self.spec.lora_dropout,
-            use_rslora=self.spec.use_rslora,
             use_dora=self.spec.use_dora,
             target_modules=sorted(self._sites),
             modules_to_save=self._saved or None,

@@ -107,12 +107,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a log; none if there is no file."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from error
+        content = path.read_bytes()
+        records = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise RunFolderError(f"{path} is damaged: a line is not a JSON object")
+    return records
 
 
 def open_folder(config: RunConfig, overwrite: bool) -> tuple[Path, bool]:

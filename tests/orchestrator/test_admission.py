@@ -119,6 +119,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
         "shape [1, 8], expected [4, 8]",
     ),
     "1e9 examples": (lambda: with_field(num_examples=10**9), "claims 1000000000 examples"),
+    "a loss of 1e308": (lambda: with_field(metrics={"loss": 1e308}), "metric loss is 1e+308"),
     "no examples": (lambda: with_field(num_examples=0), "claims 0 examples"),
     "replayed from last round": (Replay, "replayed"),
     "signed by another": (lambda: with_field(client="c1"), "signed 'c1'"),
@@ -180,9 +181,7 @@ def test_the_order_of_arrival_changes_nothing() -> None:
         def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
             yield from reversed(list(super().train(tasks)))
 
-    forwards, backwards = (
-        play_round(federation(p), first_state(federation(p))) for p in (ScriptedPool(), Backwards())
-    )
+    forwards, backwards = (play_round(federation(p), first_state(federation(p))) for p in (ScriptedPool(), Backwards()))
     assert all(torch.equal(t, backwards.adapter.tensors()[n]) for n, t in forwards.adapter.tensors().items())
     assert forwards.row is not None
     assert backwards.row is not None

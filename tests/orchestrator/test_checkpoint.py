@@ -40,6 +40,17 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert problems == []
 
 
+def test_a_strategy_may_keep_tensors_of_the_adapter_under_any_key(tmp_path: Path) -> None:
+    start = state()
+    shared = next(iter(start.adapter.tensors().values()))
+    memory = {"a/b": shared, "a": {"b": torch.ones(1)}}
+    commit(tmp_path, replace(start, strategy=memory), keep=1)
+    loaded, _ = load_latest(tmp_path)
+    assert loaded is not None
+    assert torch.equal(loaded.strategy["a/b"], shared)  # type: ignore[arg-type]
+    assert torch.equal(loaded.strategy["a"]["b"], torch.ones(1))  # type: ignore[index]
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for number in range(1, 6):
         commit(tmp_path, state(number), keep=2)

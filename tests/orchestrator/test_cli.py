@@ -64,7 +64,15 @@ def test_run_prints_rounds_and_a_summary_and_leaves_the_documented_files(fedlora
     assert "round   2" in result.out
     assert "zero_pad" in result.out
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names >= {"config.yaml", "journal.jsonl", "metrics.jsonl", "summary.json", "checkpoints", "adapter", "report.html"}
+    assert names >= {
+        "config.yaml",
+        "journal.jsonl",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "adapter",
+        "report.html",
+    }
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["rounds"] == 2
     for key in (
@@ -192,7 +200,11 @@ BAD = {
     "rank above the layer": (["--set", "lora.r=64"], 4, "larger than the layer"),
     "unknown target module": (["--set", "lora.target_modules=[qury]"], 4, "did you mean query"),
     "model that is not there": (["--set", "model.name=no/such"], 4, "cannot load no/such"),
-    "label outside the label set": (["--set", "data.labels=[animals, food, weather, colors]"], 3, "did you mean colors"),
+    "label outside the label set": (
+        ["--set", "data.labels=[animals, food, weather, colors]"],
+        3,
+        "did you mean colors",
+    ),
     "folder not writable": (["--set", "output_dir=/proc/fedlora"], 5, "cannot write"),
     "folder of something else": (["--set", "output_dir={tmp}"], 5, "is not a run folder"),
 }
@@ -229,4 +241,6 @@ def test_the_help_does_not_wait_for_torch() -> None:
     import sys
 
     code = "import sys, orchestrator.cli; print([m for m in ('torch', 'transformers', 'ray', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

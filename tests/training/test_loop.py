@@ -123,7 +123,13 @@ def test_an_epoch_visits_every_row_once(grouped: bool) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "batch", "accumulation", "max_steps", "epochs", "expected"),
-    [(100, 10, 1, -1, 1, 10), (95, 10, 1, -1, 2, 20), (3, 10, 1, -1, 0.1, 1), (100, 10, 4, -1, 1, 3), (9, 3, 1, 7, 1, 7)],
+    [
+        (100, 10, 1, -1, 1, 10),
+        (95, 10, 1, -1, 2, 20),
+        (3, 10, 1, -1, 0.1, 1),
+        (100, 10, 4, -1, 1, 3),
+        (9, 3, 1, 7, 1, 7),
+    ],
 )
 def test_steps_follow_from_steps_or_epochs(rows, batch, accumulation, max_steps, epochs, expected) -> None:
     assert steps_of(rows, batch, accumulation, max_steps, epochs) == expected

@@ -22,7 +22,9 @@ LLAMA = BaseSpec("builtin:tiny-llama", "causal-lm")
 
 
 def test_the_new_head_is_the_same_in_every_worker_and_depends_on_the_seed() -> None:
-    first, again, other = (load_base(spec).model.classifier.weight for spec in (BERT, BERT, BaseSpec(**{**vars(BERT), "seed": 1})))
+    first, again, other = (
+        load_base(spec).model.classifier.weight for spec in (BERT, BERT, BaseSpec(**{**vars(BERT), "seed": 1}))
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -51,7 +53,9 @@ def test_all_linear_leaves_out_the_heads() -> None:
 def test_sites_are_named_by_suffix_or_by_pattern() -> None:
     model = outline(BERT)
     assert len(find_sites(model, ["query", "value"])) == 4
-    assert list(find_sites(model, r".*layer\.0\.attention\.self\.query")) == ["bert.encoder.layer.0.attention.self.query"]
+    assert list(find_sites(model, r".*layer\.0\.attention\.self\.query")) == [
+        "bert.encoder.layer.0.attention.self.query"
+    ]
 
 
 def test_an_unknown_module_lists_near_names() -> None:
@@ -81,7 +85,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
 
 
 def test_ranks_share_one_base_and_only_the_asked_parts_train() -> None:
-    adapted = AdaptedModel(load_base(BERT), AdapterSpec(("query", "value"), 16))
+    adapted = AdaptedModel(load_base(BERT), AdapterSpec(("query", "value"), 2.0))
     info = adapted.info()
     weight = adapted.base.model.bert.encoder.layer[0].attention.self.query.base_layer.weight
     for rank in (2, 4):
