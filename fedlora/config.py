@@ -155,6 +155,9 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup_steps: int = Field(0, ge=0)
+    base_dropout: bool = Field(
+        True, description="false runs the frozen base without its own dropout, a third faster on a CPU; lora_dropout stays"
+    )
     group_by_length: bool = Field(True, description="batches of rows of similar length, so that padding is short")
 
     @model_validator(mode="after")

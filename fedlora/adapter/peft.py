@@ -77,6 +77,14 @@ def set_trainable(model: nn.Module, adapter: str, parts: frozenset[str]) -> list
     return parameters
 
 
+def train_mode(model: nn.Module, base_dropout: bool) -> None:
+    """Training mode for the whole model, or for the adapters' own dropout alone."""
+    model.train(base_dropout)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train()
+
+
 def save_directory(
     state: AdapterState, directory: Path, base_name: str, task_type: str, lora_alpha: float, use_rslora: bool
 ) -> None:

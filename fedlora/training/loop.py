@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
+from fedlora.adapter.peft import train_mode
 from fedlora.config import TrainingConfig
 from fedlora.data.text import Example
 from fedlora.errors import FedLoRAError
@@ -64,7 +65,7 @@ def train(
     scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, steps)
     stream = _endless(examples, options, seed)
     losses, tokens, rows = [], 0, 0
-    model.train()
+    train_mode(model, options.base_dropout)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, 0, "", "dropout"))
         for step in range(steps):

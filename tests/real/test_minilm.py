@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from clients.runtime import adapter_spec
 from fedlora.adapter.peft import insert
 from fedlora.config import load_config
-from fedlora.training.model import AdaptedModel, AdapterSpec, BaseSpec, load_base
+from fedlora.training.model import AdaptedModel, BaseSpec, load_base
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.stores.files import read_json
@@ -31,13 +32,8 @@ def test_the_written_adapter_loads_with_peft_and_gives_the_runs_own_logits(short
     state, _ = load_latest(short_run)
     assert state is not None
     config = load_config(short_run / "config.yaml")
-    targets = config.lora.target_modules
     base = load_base(spec)
-    saved = tuple(config.lora.modules_to_save or ()) or None
-    adapted = AdaptedModel(
-        base, AdapterSpec(targets if isinstance(targets, str) else tuple(targets), 1.0, 0.0, False, saved)
-    )
-    own = adapted.at_rank(state.adapter.rank)
+    own = AdaptedModel(base, adapter_spec(config)).at_rank(state.adapter.rank)
     insert(own, f"r{state.adapter.rank}", state.adapter)
     theirs = PeftModel.from_pretrained(load_base(spec).model, short_run / "adapter")
     rows = base.tokenizer(["The match ended in a draw.", "Shares fell on Friday."], return_tensors="pt", padding=True)
