@@ -18,7 +18,7 @@ from fedlora.errors import DataError
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainTask, WorkerStats
 from fedlora.training.evaluate import evaluate
 from fedlora.training.loop import train
-from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, load_base
+from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, check_length, load_base
 
 
 class ClientRuntime:
@@ -28,10 +28,10 @@ class ClientRuntime:
         self._config = config
         if threads:
             torch.set_num_threads(threads)
-        self.corpus: Corpus = open_corpus(config.data, config.clients.count, config.seed)
+        self.corpus: Corpus = open_corpus(config.data, config.clients.count, config.seed, config.model.task)
         self.base_loads = 0
         self._adapted: AdaptedModel | None = None
-        self._encoded: dict[str, Encoded] = {}
+        self._encoded: dict[tuple[str, str], Encoded] = {}
 
     def members(self) -> list[ClientInfo]:
         """Every client of the run, with its rank and what it holds."""
@@ -64,7 +64,7 @@ class ClientRuntime:
         model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
         insert(model, name, received)
         parameters = set_trainable(model, name, task.plan.train)
-        rows = self._examples(task.client)
+        rows = self._examples("train", task.client)
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
@@ -86,7 +86,12 @@ class ClientRuntime:
         state = decode_adapter(task.adapter)
         model, name = adapted.at_rank(state.rank), f"r{state.rank}"
         insert(model, name, state)
-        examples = self._examples(f"heldout:{task.subject}" if task.subject else "test").examples
+        try:
+            examples = self._examples("heldout" if task.subject else "test", task.subject).examples
+        except DataError as error:
+            if not task.subject:
+                raise
+            return EvalResult(task.subject, 0.0, 0, 0, 0, error=str(error))  # costs this client's score only
         return evaluate(
             model,
             examples[task.shard :: task.num_shards],
@@ -103,7 +108,9 @@ class ClientRuntime:
 
     def _model(self) -> AdaptedModel:
         if self._adapted is None:
-            self._adapted = AdaptedModel(self._load(), adapter_spec(self._config))
+            base = self._load()
+            check_length(base.model, self._config.data.max_length)
+            self._adapted = AdaptedModel(base, adapter_spec(self._config))
         return self._adapted
 
     def _load(self) -> Base:
@@ -115,21 +122,22 @@ class ClientRuntime:
         rows = len(self.corpus.heldout[client])
         return rows if limit is None else min(rows, limit)
 
-    def _examples(self, key: str) -> Encoded:
-        """Tokens of a client's shard, of its held-out rows (``heldout:c3``) or of the test set; made once."""
-        if key not in self._encoded:
+    def _examples(self, kind: str, client: str) -> Encoded:
+        """Tokens of a client's ``train`` or ``heldout`` rows, or of the server's ``test`` rows; made once."""
+        if (kind, client) not in self._encoded:
             corpus = self.corpus
-            if key == "test":
+            if kind == "test":
                 table = corpus.test
-            elif key.startswith("heldout:"):
-                client = key.removeprefix("heldout:")
+            elif kind == "heldout":
                 table = corpus.train.select(corpus.heldout[client][: self._heldout_rows(client)])
             else:
-                table = corpus.train.select(corpus.shards[key])
+                table = corpus.train.select(corpus.shards[client])
             tokenizer = self._model().base.tokenizer
             limit = self._config.data.max_length
-            self._encoded[key] = encode(table.to_list(), corpus.form, tokenizer, limit, corpus.labels, key)
-        return self._encoded[key]
+            where = f"{kind} rows of {client}" if client else "test rows"
+            encoded = encode(table.to_list(), corpus.form, tokenizer, limit, corpus.labels, where)
+            self._encoded[kind, client] = encoded
+        return self._encoded[kind, client]
 
 
 def task_of(config: RunConfig, corpus: Corpus) -> str:

@@ -55,7 +55,7 @@ class DataConfig(_Section):
     name: str | None = Field(None, description="hub name, or builtin:bbc-news, builtin:chatterbot, builtin:toy")
     config: str | None = Field(None, description="configuration of a hub dataset")
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: str | None = Field("test", description="null holds test rows out of the training rows")
     train_file: str | None = None
     test_file: str | None = None
     client_files: dict[str, str] | str | None = Field(
@@ -73,6 +73,8 @@ class DataConfig(_Section):
 
 
 def _read_ranks(value: Any) -> Any:
+    if value is None:
+        return None
     if isinstance(value, int) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, list):
@@ -84,6 +86,9 @@ def _read_ranks(value: Any) -> Any:
         kind, table = next(iter(value.items()))
         if not isinstance(table, dict) or not table:
             raise ValueError(f"{kind} needs a mapping, such as {{4: 0.5, 8: 0.3, 16: 0.2}}")
+        odd = [n for n in table.values() if isinstance(n, bool) or not isinstance(n, int | float) or n < 0]
+        if odd:
+            raise ValueError(f"{kind} maps ranks to numbers of at least 0, not {odd[0]}")
         return {kind: {_whole(rank): float(number) for rank, number in table.items()}}
     raise ValueError(
         "expected a rank, a list of ranks (dealt to clients in turn), {distribution: {rank: share}},"
@@ -132,6 +137,8 @@ class LoraConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name modules, or use all-linear")
         if self.init_lora_weights is False:
             raise ValueError("init_lora_weights: false is PEFT's debugging mode; use true, gaussian or orthogonal")
         return self
@@ -156,7 +163,8 @@ class TrainingConfig(_Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     base_dropout: bool = Field(
-        True, description="false runs the frozen base without its own dropout, a third faster on a CPU; lora_dropout stays"
+        True,
+        description="false runs the frozen base without its own dropout, a third faster on a CPU; lora_dropout stays",
     )
     group_by_length: bool = Field(True, description="batches of rows of similar length, so that padding is short")
 
@@ -185,7 +193,7 @@ class RayConfig(_Section):
     """The Ray pool."""
 
     address: str | None = Field(None, description="of a running cluster; default: $RAY_ADDRESS, else start one here")
-    workers: int | None = Field(None, ge=1, description="default: one per two cores, at least 2 where there are 2")
+    workers: int | None = Field(None, ge=1, description="default: as many as num_cpus lets the cluster hold")
     num_cpus: float = Field(1, gt=0, description="cores each worker reserves")
     num_gpus: float = Field(0, ge=0, description="share of a GPU each worker reserves")
     task_retries: int = Field(1, ge=0, description="times a task is given to another worker when its worker dies")
@@ -208,7 +216,7 @@ class RunConfig(_Section):
     seed: int = Field(0, ge=0)
     pool: Literal["local", "ray"] = "local"
     ray: RayConfig = RayConfig()
-    threads: int | None = Field(None, ge=1, description="torch threads per worker; default: cores / workers")
+    threads: int | None = Field(None, ge=1, description="torch threads per worker; default: all cores, or ray.num_cpus")
     keep_checkpoints: int = Field(2, ge=1)
     output_dir: str = "runs/default"
 
@@ -222,6 +230,8 @@ class RunConfig(_Section):
             )
         if not (self.data.name or self.data.train_file or self.data.client_files):
             problems.append("data needs a name, a train_file or client_files")
+        if self.data.client_files and self.data.max_train_rows:
+            problems.append("data.max_train_rows samples one dataset; it is not used with client_files")
         if self.data.client_files and self.data.train_file:
             problems.append("data has both train_file and client_files; give one")
         if isinstance(self.strategy, dict) and len(self.strategy) != 1:

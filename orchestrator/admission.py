@@ -60,10 +60,10 @@ def admit(payload: bytes, expected: Expectation) -> ClientUpdate:
         )
     for name, value in update.metrics.items():
         if abs(value) > _LARGEST_METRIC:
-            raise UpdateRefused(f"metric {name[:80]} is {value:.3g}, above {_LARGEST_METRIC:g}")
+            raise UpdateRefused(f"metric {name!r:.80} is {value:.3g}, above {_LARGEST_METRIC:g}")
     shapes = expected.shapes
     for name in sorted(set(shapes) ^ set(update.delta)):
-        raise UpdateRefused(f"tensor {name[:120]} " + ("is missing" if name in shapes else "was not asked for"))
+        raise UpdateRefused(f"tensor {name!r:.120} " + ("is missing" if name in shapes else "was not asked for"))
     for name, shape in shapes.items():
         # exact, never broadcast: a [1, 8] would silently stretch over [16, 8]
         if tuple(update.delta[name].shape) != shape:

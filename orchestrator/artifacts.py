@@ -63,7 +63,7 @@ def score(run: Run, data: str) -> EvalResult:
         DataError: a malformed file, rows of another form, or labels the run does not know.
     """
     with quiet():
-        rows = normalise(read_file(data), run.config.data, data)
+        rows = normalise(read_file(data), run.config.data, data, run.task)
     if (rows.form == "classification") != bool(run.labels):
         expected = "text and label" if run.labels else "messages, prompt and completion, or text"
         raise DataError(f"data: {data} has {rows.form} rows; this run was trained on {expected}")
@@ -94,19 +94,23 @@ def export(run: Run, target: Path, merge: bool) -> float:
         RunFolderError: the target is not empty or cannot be written.
         FedLoRAError: the logits differ by more than ``TOLERANCE``.
     """
-    if target.exists() and any(target.iterdir()):
-        raise RunFolderError(f"{target} is not empty; choose another folder")
-    base = _load(run)
-    probe = _probe(base.tokenizer)
-    expected = _logits(_with_adapter(run, base), base, probe)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{target} is not an empty folder; choose another")
     if merge:
+        base = _merge_base(run)
+        probe = _probe(base.tokenizer)
+        model = _with_adapter(run, base)
+        expected = _logits(model, base, probe)
         with writing(target), quiet_transformers():
-            _write_merged(run, target)
+            _write_merged(model.merge_and_unload(), base, target)
         plain = {"name": str(target), "quantization": "none", "dtype": "float32", "revision": None}
-        model = run.config.model.model_copy(update=plain)
-        written = _load(replace(run, config=run.config.model_copy(update={"model": model})))
+        settings = run.config.model.model_copy(update=plain)
+        written = _load(replace(run, config=run.config.model_copy(update={"model": settings})))
         found = _logits(written.model, written, probe)
     else:
+        base = _load(run)
+        probe = _probe(base.tokenizer)
+        expected = _logits(_with_adapter(run, base), base, probe)
         export_adapter(run.state, run.config, run.task, target)
         again = _load(run)
         found = _logits(PeftModel.from_pretrained(again.model, target), again, probe)
@@ -129,13 +133,16 @@ def _with_adapter(run: Run, base: Base) -> Any:
     return model
 
 
-def _write_merged(run: Run, target: Path) -> None:
-    """Fold the adapter into fp32 weights once; a 4-bit base is dequantised first, so nothing is rounded twice."""
+def _merge_base(run: Run) -> Base:
+    """The base as it is merged into: fp32, and dequantised if it was 4-bit, so that nothing is rounded twice."""
     base = _load(run)
     if run.config.model.quantization != "none":
         base.model = base.model.dequantize()
     base.model.float()
-    merged = _with_adapter(run, base).merge_and_unload()
+    return base
+
+
+def _write_merged(merged: Any, base: Base, target: Path) -> None:
     if hasattr(merged.config, "quantization_config"):
         del merged.config.quantization_config
     merged.save_pretrained(target)

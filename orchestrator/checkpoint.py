@@ -95,7 +95,7 @@ def load(path: Path) -> RunState:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first; by number, since names stop sorting after round 9999."""
-    found = (folder / "checkpoints").glob("round-*")
+    found = [p for p in (folder / "checkpoints").glob("round-*") if p.name.removeprefix("round-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 

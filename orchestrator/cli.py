@@ -157,7 +157,8 @@ def show_run(folder: RunPath, as_json: AsJson = False) -> None:
             f"held-out loss {scores['loss']:.4f}, {100 * scores['accuracy']:.1f} % right" if scores else "not evaluated"
         )
         updates = f"{len(line['admitted'])} of {len(line['selected'])} updates"
-        _print(f"round {line['round']:>3}  train loss {line['train']['loss']:.4f}  {held}  {updates}")
+        learned = f"train loss {line['train']['loss']:.4f}" if line["train"] else "no usable update"
+        _print(f"round {line['round']:>3}  {learned}  {held}  {updates}")
     if summary.get("status") == "finished":
         print_summary(Console(highlight=False), summary, str(folder))
     else:

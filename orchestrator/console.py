@@ -18,7 +18,9 @@ class JsonScreen:
     """Every event as one JSON line on standard output."""
 
     def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
-        Console(soft_wrap=True, highlight=False).print(json.dumps({"event": event, **fields}), markup=False)
+        Console(soft_wrap=True, highlight=False, emoji=False).print(
+            json.dumps({"event": event, **fields}), markup=False
+        )
 
     def __enter__(self) -> JsonScreen:
         return self
@@ -31,7 +33,7 @@ class Screen:
     """Progress and a line per round."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, emoji=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -100,12 +102,15 @@ class Screen:
         self._progress.advance(self._clients)
         self._failures += 1
         if self._failures <= 5:
-            self._say(f"[yellow]{what}[/] {fields['client']} in round {fields['round']}: {escape(fields['reason'])}")
+            self._say(
+                f"[yellow]{what}[/] {escape(fields['client'])} in round {fields['round']}: {escape(fields['reason'])}"
+            )
         if self._failures == 5:
             self._say("further failures are counted in the round lines and kept in journal.jsonl")
 
     def _on_round_committed(self, fields: Mapping[str, Any]) -> None:
-        line = f"round {fields['round']:>3}  train loss {fields['train']['loss']:.4f}"
+        learned = f"train loss {fields['train']['loss']:.4f}" if fields["train"] else "no usable update"
+        line = f"round {fields['round']:>3}  {learned}"
         if fields["eval"]:
             line += f"  held out: {_scores(fields['eval'])}"
         if fields["clients"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_adapter, digest, encode_adapter
-from fedlora.aggregation.base import Contribution, RoundContext, Strategy
+from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, Strategy
 from fedlora.aggregation.combine import apply_delta, combine, hand_out
 from fedlora.errors import RoundError, UpdateRefused
 from fedlora.protocol import ClientInfo, ClientPool, EvalResult, EvalTask, TrainPlan, TrainTask
@@ -19,6 +19,8 @@ from orchestrator.admission import Expectation, admit
 from orchestrator.failpoints import reach
 from orchestrator.selection import select
 from orchestrator.state import RunState
+
+MAX_EMPTY_ROUNDS = 3  # in a row; one bad client may cost a round, but a run nobody answers must end
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 
@@ -54,7 +56,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     """The state after one more round; ``state`` itself is untouched.
 
     Raises:
-        RoundError: if not one update could be used.
+        RoundError: if not one update could be used for the third round in a row.
     """
     clock = _Clock()
     number = state.round + 1
@@ -67,10 +69,15 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     clock.lap("prepare")
     reach("round.planned", number)
     used, outcome = _collect(fed, asked, number)
+    empty = 0 if used else state.empty_rounds + 1
+    if empty == MAX_EMPTY_ROUNDS:
+        reasons = [f"{client}: {reason}" for client, reason in {**outcome["failed"], **outcome["refused"]}.items()]
+        raise RoundError(f"{empty} rounds in a row brought no usable update; in round {number}, {reasons[0]}")
     clock.lap("train")
     reach("round.trained", number)
 
-    aggregate = combine(fed.strategy, used, ctx, state.strategy)
+    unchanged = Aggregate(state.adapter, state.strategy)
+    aggregate = combine(fed.strategy, used, ctx, state.strategy) if used else unchanged
     clock.lap("aggregate")
     reach("round.aggregated", number)
     due = number % fed.evaluate_every == 0 or number == fed.rounds
@@ -101,6 +108,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         last={"round": number, **scores} if scores else state.last,
         best=_better(state.best, scores, number),
         row=row,
+        empty_rounds=empty,
         participation=dict(sorted(participation.items())),
     )
 
@@ -117,14 +125,17 @@ def evaluate_global(fed: Federation, adapter: AdapterState) -> tuple[dict[str, f
     if fed.evaluate_clients:
         tasks += [EvalTask(client.id, payload) for client in fed.members if client.num_heldout]
     results = fed.pool.evaluate(tasks)
-    broken = next((result for result in results if result.error), None)
+    broken = next((result for result in results[:shards] if result.error), None)
     if broken is not None:
-        raise RoundError(f"the evaluation of {broken.subject or 'the test set'} failed: {broken.error}")
+        raise RoundError(f"the evaluation of the test set failed: {broken.error}")
+    for result in results[shards:]:
+        if result.error:
+            fed.emit("client_not_scored", {"client": result.subject, "reason": result.error})
     server = results[0]
     for result in results[1:shards]:
         server = server + result
     scores = {"loss": server.loss, "accuracy": server.accuracy, "examples": server.num_examples}
-    return scores, _spread(results[shards:])
+    return scores, _spread([result for result in results[shards:] if result.num_examples])
 
 
 def _prepare(
@@ -181,9 +192,6 @@ def _collect(
         used[reply.client] = Contribution(expected.client, weight, trained, expected.received, update.metrics)
         facts = {"bytes": update.wire_bytes, "seconds": reply.seconds, "metrics": dict(update.metrics)}
         fed.emit("update_admitted", {"round": number, "client": reply.client, **facts})
-    if not used:
-        reasons = [f"{client}: {reason}" for client, reason in {**failed, **refused}.items()]
-        raise RoundError(f"round {number}: none of {len(asked)} clients delivered a usable update ({reasons[0]})")
     tokens, dropped = (int(sum(c.metrics.get(name, 0) for c in used.values())) for name in ("tokens", "dropped_rows"))
     outcome = {
         "refused": refused,
@@ -195,7 +203,9 @@ def _collect(
     return [used[client] for client in asked if client in used], outcome
 
 
-def _weighted_metrics(used: Sequence[Contribution]) -> dict[str, float]:
+def _weighted_metrics(used: Sequence[Contribution]) -> dict[str, float] | None:
+    if not used:
+        return None
     total = sum(contribution.weight for contribution in used)
     names = ("loss", "first_loss")
     return {name: sum(c.weight * c.metrics.get(name, 0.0) for c in used) / total for name in names}

@@ -47,6 +47,7 @@ class RunState:
         totals: sums over rounds.
         initial, last, best: scores of the start, the latest and the best evaluated round.
         row: the metrics row of the latest round, so that a crash after the commit loses no line.
+        empty_rounds: committed rounds in a row without a usable update.
         participation: rounds each client's update was used in.
     """
 
@@ -60,6 +61,7 @@ class RunState:
     last: Mapping[str, float] | None = None
     best: Mapping[str, float] | None = None
     row: Mapping[str, Any] | None = None
+    empty_rounds: int = 0
     participation: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -77,6 +79,7 @@ def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "last": state.last,
         "best": state.best,
         "row": state.row,
+        "empty_rounds": state.empty_rounds,
         "participation": dict(state.participation),
     }
     return note, tensors
@@ -107,6 +110,7 @@ def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RunState:
             last=note["last"],
             best=note["best"],
             row=note["row"],
+            empty_rounds=note["empty_rounds"],
             participation=note["participation"],
         )
     except (KeyError, TypeError) as error:

@@ -11,7 +11,7 @@ from fedlora.aggregation.combine import check_ranks
 from fedlora.config import RunConfig
 from fedlora.data.partition import open_corpus
 from fedlora.errors import FedLoRAError
-from fedlora.training.model import check_rank, find_heads, find_sites, outline
+from fedlora.training.model import check_length, check_rank, find_saved, find_sites, outline
 from orchestrator.stores.files import check_folder
 
 
@@ -29,7 +29,7 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     except FedLoRAError as error:
         problems.append(error)
     try:
-        corpus = open_corpus(config.data, config.clients.count, config.seed)
+        corpus = open_corpus(config.data, config.clients.count, config.seed, config.model.task)
         rows = sorted(len(shard) for shard in corpus.shards.values())
         facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, form: {corpus.form}"
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
@@ -62,8 +62,9 @@ def _model_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
     model = outline(spec)
     sites = find_sites(model, adapter_spec(config).target_modules)
     check_rank(sites, config.lora.r)
-    saved = config.lora.modules_to_save or find_heads(model, spec.task)
-    head = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in saved)
+    check_length(model, config.data.max_length)
+    saved = find_saved(model, config.lora.modules_to_save, spec.task)
+    head = sum(p.numel() for name, p in model.named_parameters() if set(name.split(".")) & set(saved))
     factors = sum(out + inner for out, inner in sites.values())
     return {
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
@@ -73,5 +74,5 @@ def _model_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
 
 def _check_folder(config: RunConfig) -> None:
     folder = Path(config.output_dir)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         check_folder(folder, config)

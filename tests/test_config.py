@@ -119,3 +119,9 @@ def test_every_shipped_config_is_valid_and_begins_with_its_command(path: Path) -
     config = load_config(path, ["rounds=2", "seed=1", "pool=ray", "strategy=zero_pad", "output_dir=x", *files])
     assert (config.rounds, config.seed, config.pool, config.strategy_name) == (2, 1, "ray", "zero_pad")
     assert config.data.train_file == "a.jsonl"
+
+
+def test_a_minimal_configuration_survives_being_written_and_read() -> None:
+    """A run folder holds the resolved configuration, defaults included."""
+    config = parse_config(MINIMAL)
+    assert parse_config(yaml.safe_load(config.to_yaml())).sha256() == config.sha256()

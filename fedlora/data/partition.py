@@ -18,6 +18,7 @@ from fedlora.errors import DataError, nearest
 from fedlora.seeds import derive_seed
 
 _ROW = "__row__"
+_BY_COLUMN = ("dirichlet", "natural", "pathological", "shards")
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,28 @@ class Corpus:
         return dict(sorted(Counter(column).items()))
 
 
-def open_corpus(data: DataConfig, count: int, seed: int) -> Corpus:
+def open_corpus(data: DataConfig, count: int, seed: int, task: str = "auto") -> Corpus:
     """Read, split and divide the rows.
 
     Args:
         data: what to read and how to divide it.
         count: number of clients, where clients have no files of their own.
         seed: the run's root seed.
+        task: of the model; ``causal-lm`` reads a text as text even where there is a label column.
 
     Raises:
         DataError: see ``sources``; also empty shards and labels outside the label set.
     """
     with quiet():
-        return _open(data, count, seed)
+        return _open(data, count, seed, task)
 
 
-def _open(data: DataConfig, count: int, seed: int) -> Corpus:
-    test = read_test(data)
+def _open(data: DataConfig, count: int, seed: int, task: str) -> Corpus:
+    test = read_test(data, task)
     if data.client_files:
-        train, shards = _from_files(data)
+        train, shards = _from_files(data, task)
     else:
-        train = read_train(data)
+        train = read_train(data, task)
         shards = {}
     if test is None:
         train, test, shards = _split_off_test(train, shards, data.test_fraction, seed)
@@ -80,11 +82,14 @@ def _open(data: DataConfig, count: int, seed: int) -> Corpus:
         shards = partition(train.table, data.partition, count, seed, train.origin)
     table = test.table if not data.max_test_rows else _sample(test.table, data.max_test_rows, seed, "test")
     labels = _label_set(train, test, data) if train.form == "classification" else ()
+    if "" in shards:
+        raise DataError("data: a client has no name; every value of data.partition.by and every file needs one")
     kept, heldout = {}, {}
     for client, rows in shards.items():
         order = np.random.default_rng(derive_seed(seed, 0, client, "holdout")).permutation(np.asarray(rows))
         size = int(len(order) * data.client_holdout)
-        heldout[client], kept[client] = sorted(order[:size].tolist()), sorted(order[size:].tolist())
+        # held-out rows stay shuffled: evaluation may look at the first few only
+        heldout[client], kept[client] = order[:size].tolist(), sorted(order[size:].tolist())
     return Corpus(train.form, train.table, table, kept, heldout, labels)
 
 
@@ -100,7 +105,7 @@ def partition(
         DataError: unknown column, more clients than rows, or a client that would be left without rows.
     """
     column = how.by or ("label" if "label" in table.column_names else None)
-    if how.method not in ("iid", "sizes", "linear", "square", "exponential"):
+    if how.method in _BY_COLUMN:
         if column is None:
             raise DataError(f"data.partition: {how.method} needs data.partition.by, a column of {table.column_names}")
         if column not in table.column_names:
@@ -108,12 +113,20 @@ def partition(
                 f"data.partition.by: {origin} has no column {column}{nearest(column, table.column_names)}"
                 f" (columns: {table.column_names})"
             )
-    if len(table) < count:
+    if len(table) < count and how.method not in ("natural", "sizes"):
         raise DataError(
             f"data: {len(table)} rows of {origin} cannot be divided among {count} clients; lower clients.count"
         )
     partitioner = _partitioner(how, column, count, derive_seed(seed, 0, "", "partition") % 2**32)
-    columns = {_ROW: list(range(len(table)))} | ({column: table[column][:]} if column else {})
+    if column and how.method in _BY_COLUMN:
+        values = table[column][:]
+        if None in values:
+            raise DataError(f"data.partition.by: row {values.index(None)} of {origin} has no {column}")
+        columns: dict[str, Any] = {_ROW: list(range(len(table))), column: values}
+    else:
+        # these partitioners take rows in order, and files are often sorted by label
+        shuffle = np.random.default_rng(derive_seed(seed, 0, "", "row order"))
+        columns = {_ROW: shuffle.permutation(len(table)).tolist()}
     partitioner.dataset = Dataset.from_dict(columns)
     try:
         # a progress bar with no switch of its own, and warnings about draws that are repeated
@@ -163,8 +176,8 @@ def _partitioner(how: PartitionConfig, column: str | None, count: int, seed: int
     return simple[how.method](count)
 
 
-def _from_files(data: DataConfig) -> tuple[Rows, dict[str, list[int]]]:
-    silos = read_client_files(data)
+def _from_files(data: DataConfig, task: str) -> tuple[Rows, dict[str, list[int]]]:
+    silos = read_client_files(data, task)
     forms = {rows.form for rows in silos.values()}
     if len(forms) > 1:
         detail = ", ".join(f"{client}: {rows.form}" for client, rows in silos.items())
@@ -210,6 +223,8 @@ def _sample(table: Dataset, size: int, seed: int, purpose: str) -> Dataset:
 
 def _label_set(train: Rows, test: Rows, data: DataConfig) -> tuple[str, ...]:
     labels = tuple(data.labels) if data.labels else tuple(sorted(set(train.table["label"])))
+    if len(labels) < 2:
+        raise DataError(f"data: {train.origin} has only the label {labels[0]!r}; a classifier needs at least two")
     for rows in (train, test):
         for row, label in enumerate(rows.table["label"]):
             if label not in labels:

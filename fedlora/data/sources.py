@@ -43,34 +43,34 @@ class Rows:
     origin: str
 
 
-def read_train(data: DataConfig) -> Rows:
+def read_train(data: DataConfig, task: str = "auto") -> Rows:
     """The training rows of one dataset.
 
     Raises:
         DataError: missing, unreadable, empty, or without the needed columns.
     """
     if data.train_file:
-        return normalise(read_file(data.train_file), data, data.train_file)
+        return normalise(read_file(data.train_file), data, data.train_file, task)
     assert data.name is not None
-    return normalise(_named(data, data.train_split), data, data.name)
+    return normalise(_named(data, data.train_split), data, data.name, task)
 
 
-def read_test(data: DataConfig) -> Rows | None:
+def read_test(data: DataConfig, task: str = "auto") -> Rows | None:
     """The server's test rows, or None where the dataset has none of its own.
 
     Raises:
         DataError: as ``read_train``.
     """
     if data.test_file:
-        return normalise(read_file(data.test_file), data, data.test_file)
+        return normalise(read_file(data.test_file), data, data.test_file, task)
     if data.train_file or data.client_files or data.name is None:
         return None
-    if data.name.startswith("builtin:"):
+    if data.name.startswith("builtin:") or data.test_split is None:
         return None
-    return normalise(_named(data, data.test_split), data, f"{data.name} ({data.test_split})")
+    return normalise(_named(data, data.test_split), data, f"{data.name} ({data.test_split})", task)
 
 
-def read_client_files(data: DataConfig) -> dict[str, Rows]:
+def read_client_files(data: DataConfig, task: str = "auto") -> dict[str, Rows]:
     """Rows of every client that has a file of its own, by client name.
 
     Raises:
@@ -80,11 +80,19 @@ def read_client_files(data: DataConfig) -> dict[str, Rows]:
         base = Path(data.client_files)
         found = sorted(Path(base.anchor or ".").glob(str(base.relative_to(base.anchor))))
         paths = {_stem(path): str(path) for path in found}
+        if len(paths) < len(found):
+            first, second = next((a, b) for a in found for b in found if a < b and _stem(a) == _stem(b))
+            raise DataError(
+                f"data.client_files: {first} and {second} would both be client {_stem(first)}; name clients yourself:"
+                " data.client_files={name: path, ...}"
+            )
         if not paths:
             raise DataError(f"data.client_files: no file matches {data.client_files}")
     else:
         paths = dict(data.client_files or {})
-    return {client: normalise(read_file(path), data, f"{path} (client {client})") for client, path in paths.items()}
+    return {
+        client: normalise(read_file(path), data, f"{path} (client {client})", task) for client, path in paths.items()
+    }
 
 
 def read_file(name: str) -> Dataset:
@@ -114,8 +122,10 @@ def read_file(name: str) -> Dataset:
     return table
 
 
-def normalise(table: Dataset, data: DataConfig, origin: str) -> Rows:
+def normalise(table: Dataset, data: DataConfig, origin: str, task: str = "auto") -> Rows:
     """Find the form of a table and give its columns their canonical names.
+
+    With ``task`` causal-lm a text is never paired with a label column.
 
     Raises:
         DataError: if no form fits, or a row lacks its text or label.
@@ -135,13 +145,17 @@ def normalise(table: Dataset, data: DataConfig, origin: str) -> Rows:
             f"data: {origin} has columns {columns}; expected messages, prompt and completion, text, or text and"
             " label. Name yours with data.text_column and data.label_column"
         )
-    label = data.label_column or next((name for name in LABEL_COLUMNS if name in columns and name != text), None)
+    candidates = [] if task == "causal-lm" else [name for name in LABEL_COLUMNS if name in columns and name != text]
+    label = data.label_column or next(iter(candidates), None)
     if label is not None:
         table = _label_strings(table, label)
     if text != "text":
         table = (table.remove_columns("text") if "text" in columns else table).rename_column(text, "text")
     if label not in (None, "label"):
         table = (table.remove_columns("label") if "label" in columns else table).rename_column(label, "label")
+    odd = next((i for i, value in enumerate(table["text"]) if value is not None and not isinstance(value, str)), None)
+    if odd is not None:
+        raise DataError(f"data: row {odd} of {origin} has {table['text'][odd]!r} where text was expected")
     missing = [
         i for name in ("text", "label")[: 1 if label is None else 2] for i, v in enumerate(table[name]) if v is None
     ]
@@ -152,8 +166,9 @@ def normalise(table: Dataset, data: DataConfig, origin: str) -> Rows:
 
 def _label_strings(table: Dataset, column: str) -> Dataset:
     feature = table.features[column]
-    names = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
-    values = [None if value is None else names(value) for value in table[column]]
+    hub = isinstance(feature, datasets.ClassLabel)  # -1 is how the hub marks a row without a label
+    names = feature.int2str if hub else str
+    values = [None if value is None or (hub and value < 0) else names(value) for value in table[column]]
     position = table.column_names.index(column)
     table = table.remove_columns(column).add_column(column, values)
     order = table.column_names[:-1]

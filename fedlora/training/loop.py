@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from fedlora.adapter.peft import train_mode
 from fedlora.config import TrainingConfig
-from fedlora.data.text import Example
+from fedlora.data.text import IGNORE, Example
 from fedlora.errors import FedLoRAError
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import batch_indices, collate, steps_of
@@ -62,6 +62,7 @@ def train(
         options.num_train_epochs,
     )
     optimizer = _optimizer(parameters, options)
+    optimizer.zero_grad(set_to_none=True)  # clients of one rank share parameters: a failed one may leave gradients
     scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, steps)
     stream = _endless(examples, options, seed)
     losses, tokens, rows = [], 0, 0
@@ -70,13 +71,13 @@ def train(
         torch.manual_seed(derive_seed(seed, 0, "", "dropout"))
         for step in range(steps):
             parts = list(itertools.islice(stream, accumulation))
-            # every row of the step weighs the same, however rows fall into micro-batches
-            total = sum(len(part) for part in parts)
+            # the mean over all targets of the step, however they fall into micro-batches
+            total = sum(_targets(example) for part in parts for example in part)
             loss_sum = torch.zeros((), device=device)
             for part in parts:
                 batch = collate(part, pad_token_id, device)
                 logits, targets, _ = targets_and_logits(model, batch)
-                loss = cross_entropy(logits, targets) * (len(part) / total)
+                loss = cross_entropy(logits, targets, reduction="sum") / total
                 loss.backward()
                 loss_sum += loss.detach()
                 tokens += int(batch["attention_mask"].sum())
@@ -92,6 +93,12 @@ def train(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
     return LocalResult(steps, tokens, rows, sum(losses) / len(losses), losses[0])
+
+
+def _targets(example: Example) -> int:
+    if isinstance(example.labels, int):
+        return 1
+    return sum(label != IGNORE for label in example.labels[1:])
 
 
 def _endless(examples: Sequence[Example], options: TrainingConfig, seed: int) -> Iterator[list[Example]]:

@@ -84,7 +84,7 @@ class AdaptedModel:
         self.base = base
         self.spec = spec
         self._sites = find_sites(base.model, spec.target_modules)
-        self._saved = list(spec.modules_to_save or find_heads(base.model, base.spec.task))
+        self._saved = find_saved(base.model, spec.modules_to_save, base.spec.task)
         self._peft: Any = None
 
     def info(self) -> BaseInfo:
@@ -198,7 +198,10 @@ def find_sites(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tupl
     if targets == "all-linear":
         return inner
     if isinstance(targets, str):
-        chosen = {name: size for name, size in inner.items() if re.fullmatch(targets, name)}
+        try:
+            chosen = {name: size for name, size in inner.items() if re.fullmatch(targets, name)}
+        except re.error as error:
+            raise ModelError(f"lora.target_modules: {targets} is not a regular expression: {error}") from error
         if not chosen:
             raise ModelError(f"lora.target_modules: the pattern {targets} matches no linear layer{_names(inner)}")
         return chosen
@@ -221,6 +224,26 @@ def check_rank(sites: Mapping[str, tuple[int, int]], rank: int) -> None:
             raise ModelError(
                 f"{path}: rank {rank} is larger than the layer ({size[0]} x {size[1]}); use at most {min(size)}"
             )
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Raise ``ModelError`` if rows may be longer than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ModelError(f"data.max_length is {max_length}, but the model has {limit} positions; lower data.max_length")
+
+
+def find_saved(model: nn.Module, names: Sequence[str] | None, task: str) -> list[str]:
+    """Modules trained in full: those named, or the head of a classifier.
+
+    Raises:
+        ModelError: for a name that matches nothing.
+    """
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
+    for name in names or ():
+        if name not in known:
+            raise ModelError(f"lora.modules_to_save: no module is called {name}{nearest(name, known, 3)}")
+    return list(names or find_heads(model, task))
 
 
 def find_heads(model: nn.Module, task: str) -> list[str]:

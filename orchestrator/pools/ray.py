@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +22,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from clients.ray_actor import RayWorker
 from fedlora.config import RunConfig
-from fedlora.errors import FedLoRAError, ModelError
+from fedlora.errors import ConfigError, FedLoRAError, ModelError
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
 from orchestrator.pools import cores
 
@@ -35,11 +37,16 @@ class RayPool:
     def __init__(self, config: RunConfig):
         self._config = config
         self._settings = config.ray
-        self._started_here = _connect(config)
-        self.workers = self._settings.workers or _default_workers(self._settings.num_cpus)
         self._threads = config.threads or max(1, math.floor(self._settings.num_cpus))
-        self._actors: list[Any] = [self._spawn() for _ in range(self.workers)]
-        self._members: list[ClientInfo] = self._ask_first("members")
+        self._actors: list[Any] = []
+        self._started_here = _connect(config)
+        try:
+            self.workers = _fitting_workers(config)
+            self._actors = [self._spawn() for _ in range(self.workers)]
+            self._members: list[ClientInfo] = self._ask_first("members")
+        except BaseException:
+            self.close()
+            raise
 
     def members(self) -> list[ClientInfo]:
         return self._members
@@ -55,7 +62,14 @@ class RayPool:
         return [results[index] for index in range(len(tasks))]
 
     def stats(self) -> list[WorkerStats]:
-        return [ray.get(actor.stats.remote()) for actor in self._actors]
+        found = []
+        for slot, actor in enumerate(self._actors):
+            try:
+                found.append(ray.get(actor.stats.remote()))
+            except RayError:
+                self._actors[slot] = self._spawn()  # it died while it had nothing to do
+                found.append(ray.get(self._actors[slot].stats.remote()))
+        return found
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
@@ -91,18 +105,15 @@ class RayPool:
             index, tries, slot, start = running.pop(done[0])
             try:
                 result = ray.get(done[0])
-            except RayActorError as error:
-                # the worker is gone: a fresh one takes its place, and the task is tried elsewhere
+            except RayTaskError as error:
+                yield index, failed(tasks[index], f"{type(error.cause).__name__}: {error.cause}")
+            except RayError as error:
+                # the worker or its node is gone: a fresh one takes its place, and the task is tried again
                 self._actors[slot] = self._spawn()
                 if tries < self._settings.task_retries:
                     waiting.appendleft((index, tries + 1))
                 else:
-                    yield (
-                        index,
-                        failed(tasks[index], f"its worker died {tries + 1} times ({_first_line(error)})"),
-                    )
-            except RayTaskError as error:
-                yield index, failed(tasks[index], f"{type(error.cause).__name__}: {error.cause}")
+                    yield index, failed(tasks[index], f"its worker died {tries + 1} times ({_first_line(error)})")
             else:
                 yield index, _finish(tasks[index], result, time.perf_counter() - start)
             idle.append(slot)
@@ -123,7 +134,7 @@ class RayPool:
             if isinstance(error.cause, FedLoRAError):
                 raise error.cause from None  # it already says what to do
             raise
-        except RayActorError as error:
+        except RayError as error:
             raise ModelError(f"the first Ray worker died while it started: {_first_line(error)}") from error
 
 
@@ -151,25 +162,44 @@ def _finish(task: TrainTask | EvalTask, result: Any, seconds: float) -> Any:
 
 
 def _connect(config: RunConfig) -> bool:
-    """Join a cluster, or start Ray on this machine; whether it was started here."""
+    """Join a cluster, or start Ray on this machine; whether this call did either."""
     if ray.is_initialized():
         return False
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    main = threading.current_thread() is threading.main_thread()
+    terminate = signal.getsignal(signal.SIGTERM) if main else None
     try:
         if address:
             ray.init(address=address, **quiet)
         else:
-            # a worker each gets num_cpus; more logical cores than real ones only queue at the scheduler
             wanted = (config.ray.workers or 1) * config.ray.num_cpus
-            ray.init(num_cpus=max(cores(), math.ceil(wanted)), include_dashboard=False, **quiet)
-    except ConnectionError as error:
-        raise FedLoRAError(f"ray: no cluster answers at {address}: {_first_line(error)}") from error
+            ray.init(address="local", num_cpus=max(cores(), math.ceil(wanted)), include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"no cluster answers at {address}" if address else "Ray does not start on this machine"
+        raise FedLoRAError(f"ray: {where}: {_first_line(error)}") from error
+    finally:
+        if terminate is not None:
+            signal.signal(signal.SIGTERM, terminate)  # Ray puts its own handler in place of ours
     return True
 
 
-def _default_workers(num_cpus: float) -> int:
-    return max(1, int(ray.cluster_resources().get("CPU", 1) // num_cpus))
+def _fitting_workers(config: RunConfig) -> int:
+    """How many workers to start: as asked if the cluster can hold them, else as many as it can.
+
+    Raises:
+        ConfigError: if not one worker fits, or fewer than were asked for.
+    """
+    have = ray.cluster_resources()
+    needs = {"CPU": config.ray.num_cpus, "GPU": config.ray.num_gpus}
+    fits = min(int(have.get(name, 0) / need + 1e-9) for name, need in needs.items() if need)
+    if fits < (config.ray.workers or 1):
+        found = ", ".join(f"{have.get(name, 0):g} {name}" for name in needs)
+        raise ConfigError(
+            f"ray: {config.ray.workers or 1} workers of {needs['CPU']:g} CPU and {needs['GPU']:g} GPU do not fit"
+            f" this cluster ({found}); lower ray.workers, ray.num_cpus or ray.num_gpus"
+        )
+    return config.ray.workers or fits
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from fedlora.config import RunConfig, differences, load_config
 from fedlora.errors import ConfigError, RunFolderError
 
+_WRITTEN = {"config", "journal", "metrics", "partition", "labels", "summary", "report", "checkpoints", "adapter"}
+
 
 @contextlib.contextmanager
 def writing(what: Path) -> Iterator[None]:
@@ -127,6 +129,8 @@ def open_folder(config: RunConfig, overwrite: bool) -> tuple[Path, bool]:
         RunFolderError: not writable, not a run folder, or a run of another configuration.
     """
     folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"output_dir {folder} is a file; choose a folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite and check_folder(folder, config):
             return folder, True
@@ -176,8 +180,12 @@ def _runs_nearby(folder: Path) -> str:
 
 
 def _remove_run(folder: Path) -> None:
-    """Delete a run, and refuse to delete anything that is not one."""
-    if not (folder / "config.yaml").is_file():
-        raise RunFolderError(f"{folder} is not empty and is not a run folder; --overwrite replaces only runs")
+    """Delete what a run writes, and refuse to touch a folder that holds anything else."""
+    foreign = sorted(path.name for path in folder.iterdir() if path.name.lstrip(".").split(".")[0] not in _WRITTEN)
+    if foreign or not (folder / "journal.jsonl").is_file():
+        what = f"it holds {foreign[0]}" if foreign else "it has no journal.jsonl"
+        raise RunFolderError(
+            f"{folder} is not a run folder ({what}); only runs are replaced. Choose another output_dir"
+        )
     with writing(folder):
         shutil.rmtree(folder)

@@ -83,7 +83,34 @@ def test_silos_keep_their_own_rows(tmp_path: Path) -> None:
 
 def test_a_label_outside_the_label_set_names_the_row_and_the_nearest_label(tmp_path: Path) -> None:
     for name, label in (("train", "weather"), ("test", "wether")):
-        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": "t", "label": label}) + "\n") * 10)
+        rows = [{"text": "t", "label": label}, {"text": "t", "label": "news"}] * 10
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
     with pytest.raises(DataError, match=r"row 0 of .*test.jsonl .*'wether'.* did you mean weather"):
         open_corpus(DataConfig.model_validate(files), 2, seed=0)
+
+
+@pytest.mark.parametrize("method", ["iid", "linear", "sizes"])
+def test_rows_sorted_by_label_are_still_dealt_at_random(method: str) -> None:
+    table = Dataset.from_dict({"text": ["t"] * 40, "label": ["a"] * 20 + ["b"] * 20})
+    how = PartitionConfig(method=method, sizes=[10] * 4)  # type: ignore[arg-type]
+    for rows in partition(table, how, 4, seed=0).values():
+        assert len(rows) < 5 or len(set(table.select(rows)["label"])) == 2
+
+
+def test_natural_needs_a_value_in_every_row_and_no_client_count() -> None:
+    how = PartitionConfig(method="natural", by="topic")
+    with pytest.raises(DataError, match="row 1 of data has no topic"):
+        partition(Dataset.from_dict({"topic": ["x", None]}), how, 10, seed=0)
+    assert len(partition(Dataset.from_dict({"topic": ["x", "y"]}), how, 10, seed=0)) == 2
+
+
+def test_one_label_is_not_a_classification(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "t", "label": "only"}\n' * 30)
+    with pytest.raises(DataError, match="only the label 'only'"):
+        open_corpus(DataConfig(train_file=str(tmp_path / "d.jsonl")), 2, seed=0)
+
+
+def test_a_language_model_reads_text_as_text_even_beside_a_label(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "t", "category": "x"}\n' * 30)
+    assert open_corpus(DataConfig(train_file=str(tmp_path / "d.jsonl")), 2, seed=0, task="causal-lm").form == "text"

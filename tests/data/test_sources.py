@@ -122,3 +122,28 @@ def test_chatterbot_rows_alternate_user_and_assistant() -> None:
     assert rows.form == "messages"
     for messages in rows.table["messages"]:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+
+
+def test_two_files_that_would_be_one_client_are_refused(tmp_path: Path) -> None:
+    for folder in ("h1", "h2"):
+        (tmp_path / folder).mkdir()
+        lines(tmp_path / folder / "train.jsonl", LABELLED)
+    with pytest.raises(DataError, match="would both be client train; name clients yourself"):
+        read_client_files(DataConfig(client_files=str(tmp_path / "*" / "train.jsonl")))
+
+
+def test_numbers_where_text_belongs_name_the_row(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text,label\n1,a\n2,b\n")
+    with pytest.raises(DataError, match="row 0 .* has 1 where text was expected"):
+        read_train(DataConfig(train_file=str(tmp_path / "d.csv")))
+
+
+def test_rows_the_hub_marks_as_unlabelled_are_refused() -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    from fedlora.data.sources import normalise
+
+    features = Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"]))
+    table = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    with pytest.raises(DataError, match="row 1 of x lacks its text or label"):
+        normalise(table, DataConfig(name="x"), "x")

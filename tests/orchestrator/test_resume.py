@@ -109,6 +109,16 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path: Path) -> None:
     assert (precious / "chapter.txt").exists()
 
 
+def test_a_folder_with_the_users_own_files_is_never_deleted(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, rounds=1)
+    (tmp_path / "config.yaml").write_text(toy_config(tmp_path, rounds=5).to_yaml())
+    (tmp_path / "train.jsonl").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(RunFolderError, match="it holds train.jsonl"):
+            launch.run(config, quiet, overwrite)
+    assert (tmp_path / "train.jsonl").read_text() == "precious"
+
+
 def test_a_run_that_failed_before_its_first_commit_does_not_block_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Exception, match="no file"):
