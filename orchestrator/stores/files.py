@@ -112,8 +112,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         content = path.read_bytes()
         records = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from error
     if not all(isinstance(record, dict) for record in records):
         raise RunFolderError(f"{path} is damaged: a line is not a JSON object")
     return records
