@@ -82,6 +82,7 @@ def score(run: Run, data: str) -> EvalResult:
     return evaluate(model, examples, size, base.tokenizer.pad_token_id, base.device)
 
 
+@quiet_transformers()
 def export(run: Run, target: Path, merge: bool) -> float:
     """Write a PEFT directory, or the merged model with its tokenizer, and prove it.
 
@@ -101,7 +102,7 @@ def export(run: Run, target: Path, merge: bool) -> float:
         probe = _probe(base.tokenizer)
         model = _with_adapter(run, base)
         expected = _logits(model, base, probe)
-        with writing(target), quiet_transformers():
+        with writing(target):
             _write_merged(model.merge_and_unload(), base, target)
         plain = {"name": str(target), "quantization": "none", "dtype": "float32", "revision": None}
         settings = run.config.model.model_copy(update=plain)

@@ -143,6 +143,12 @@ def test_export_merge_writes_a_whole_model(fedlora, finished: Path, tmp_path: Pa
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
+def test_a_run_on_a_bf16_base_merges_into_full_precision(fedlora, config, tmp_path: Path) -> None:
+    assert fedlora("run", config(model__dtype="bfloat16", rounds=1)).code == 0
+    result = fedlora("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
+    assert result.code == 0, result.err
+
+
 @pytest.mark.parametrize("model", ["builtin:tiny-llama"])
 def test_a_quantised_language_model_runs_and_exports(fedlora, tmp_path: Path, model: str) -> None:
     content = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError
 from fedlora.protocol import ClientPool
 from orchestrator import launch
 from orchestrator.pools.ray import RayPool
@@ -82,3 +82,8 @@ def test_a_run_on_ray_ends_with_the_scores_of_the_local_run(tmp_path: Path) -> N
 def test_an_error_of_ours_in_a_worker_arrives_as_itself(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file missing.jsonl"):
         RayPool(toy_config(tmp_path, pool="ray", ray__workers=1, data__train_file="missing.jsonl"))
+
+
+def test_workers_that_do_not_fit_the_cluster_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="64 workers of 1 CPU and 0 GPU do not fit"):
+        RayPool(toy_config(tmp_path, pool="ray", ray__workers=64))
