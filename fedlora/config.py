@@ -275,6 +275,8 @@ def _listed_ranks(ranks: list[int] | dict[str, dict[int, float]] | None) -> list
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply ``--set key=value`` overrides.
 
+    Without an ``output_dir``, results go to ``runs/<name>``, or to ``runs/<name>-<hash of the overrides>``.
+
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
@@ -295,7 +297,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(content, override)
     content.setdefault("name", path.stem)
-    content.setdefault("output_dir", f"runs/{content['name']}")
+    content.setdefault("output_dir", f"runs/{content['name']}{_suffix(overrides)}")
     return parse_config(content)
 
 
@@ -315,6 +317,13 @@ def differences(mine: RunConfig, other: RunConfig) -> list[str]:
     """Dotted keys whose values differ, ``output_dir`` aside."""
     left, right = dict(_flatten(mine.resolved())), dict(_flatten(other.resolved()))
     return sorted(key for key in left | right if left.get(key) != right.get(key) and key != "output_dir")
+
+
+def _suffix(overrides: Sequence[str]) -> str:
+    """Part of a default folder's name that tells runs with different overrides apart, such as ``-1f3a9c``."""
+    if not overrides:
+        return ""
+    return "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:6]
 
 
 def _override(content: dict[str, Any], text: str) -> None:

@@ -69,6 +69,9 @@ class Screen:
     def _on_already_finished(self, fields: Mapping[str, Any]) -> None:
         self._say(f"{escape(fields['folder'])} is already finished; --overwrite runs it again")
 
+    def _on_ranks_equalised(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"{fields['strategy']} needs equal ranks: every client trains at the smallest, rank {fields['rank']}")
+
     def _on_run_resumed(self, fields: Mapping[str, Any]) -> None:
         self._say(f"resuming after round {fields['round']}")
 

@@ -25,7 +25,7 @@ import fedlora
 from fedlora.adapter.initial import initial_adapter
 from fedlora.adapter.peft import save_directory
 from fedlora.aggregation import STRATEGIES
-from fedlora.aggregation.combine import check_ranks
+from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.errors import FedLoRAError, RunFolderError, RunInterrupted
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, WorkerStats
@@ -137,13 +137,15 @@ def _commit_round(
 def _federation(config: RunConfig, pool: ClientPool, emit: Listener) -> tuple[Federation, BaseInfo]:
     strategy = STRATEGIES.create(config.strategy_name, **config.strategy_options)
     members = pool.members()
-    check_ranks(strategy, {member.id: member.rank for member in members}, config.lora.r)
+    configured = {member.id: member.rank for member in members}
+    ranks, rank = serve_ranks(strategy, configured, config.lora.r)
+    if ranks != configured:
+        emit("ranks_equalised", {"strategy": strategy.name, "rank": rank})
+    members = [replace(member, rank=ranks[member.id]) for member in members]
     base = pool.base()
-    check_rank(base.sites, config.lora.r)
+    check_rank(base.sites, rank)
     init = config.lora.init_lora_weights
-    fresh = initial_adapter(
-        base.sites, base.dense, config.lora.r, config.seed, "kaiming" if init is True else str(init)
-    )
+    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, "kaiming" if init is True else str(init))
     for stats in pool.stats():
         emit("worker_ready", asdict(stats))
     fed = Federation(
@@ -153,7 +155,7 @@ def _federation(config: RunConfig, pool: ClientPool, emit: Listener) -> tuple[Fe
         fresh=fresh,
         seed=config.seed,
         rounds=config.rounds,
-        rank=config.lora.r,
+        rank=rank,
         per_round=config.clients.per_round,
         weighting=config.weighting,
         max_update_norm=config.admission.max_update_norm,

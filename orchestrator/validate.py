@@ -7,7 +7,7 @@ from typing import Any
 from clients.ranks import assign_ranks
 from clients.runtime import adapter_spec, base_spec, task_of
 from fedlora.aggregation import STRATEGIES
-from fedlora.aggregation.combine import check_ranks
+from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.data.partition import open_corpus
 from fedlora.errors import FedLoRAError
@@ -35,11 +35,11 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.memory_gb, config.seed)
+        if strategy is not None:
+            ranks, _ = serve_ranks(strategy, ranks, config.lora.r)
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())
         )
-        if strategy is not None:
-            check_ranks(strategy, ranks, config.lora.r)
     except FedLoRAError as error:
         problems.append(error)
     try:

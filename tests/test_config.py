@@ -72,7 +72,16 @@ def test_overrides_set_nested_and_missing_keys(tmp_path: Path) -> None:
     assert config.training.learning_rate == 0.5
     assert config.strategy_name == "fedit"
     assert config.clients.ranks == [2, 4]
-    assert config.output_dir == "runs/c"
+    assert config.output_dir.startswith("runs/c-")
+    assert load_config(path).output_dir == "runs/c"
+
+
+def test_runs_with_other_overrides_go_to_other_folders(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name: m}\ndata: {name: d}\n")
+    folders = [load_config(path, sets).output_dir for sets in (["rounds=1"], ["rounds=2"], ["rounds=1"])]
+    assert folders[0] == folders[2] != folders[1]
+    assert load_config(path, ["rounds=1", "output_dir=here"]).output_dir == "here"
 
 
 @pytest.mark.parametrize("override", ["rounds", "=3", "model.name.x=1", "rounds=[1"])

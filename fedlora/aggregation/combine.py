@@ -7,7 +7,7 @@ from torch import Tensor
 from fedlora.adapter import rank as ranks
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
-from fedlora.errors import ConfigError, RoundError
+from fedlora.errors import RoundError
 from fedlora.protocol import ClientInfo
 
 
@@ -55,17 +55,20 @@ def hand_out(
     return ranks.revive(strategy.redistribute(adapter, client, ctx, state), fresh)
 
 
-def check_ranks(strategy: Strategy, client_ranks: Mapping[str, int], rank: int) -> None:
-    """Refuse a federation this strategy cannot serve, before any work is done.
+def serve_ranks(strategy: Strategy, ranks: Mapping[str, int], rank: int) -> tuple[dict[str, int], int]:
+    """The ranks a federation trains at under this strategy.
 
-    Raises:
-        ConfigError: mixed ranks for a strategy that needs equal ones.
+    A strategy that needs equal ranks gets everyone at the smallest one: what each client can afford, and the
+    usual way such a rule is compared with those for mixed ranks.
+
+    Args:
+        ranks: rank of every client, as configured.
+        rank: of the global adapter, as configured.
+
+    Returns:
+        Rank of every client, and of the global adapter.
     """
     if strategy.traits.mixed_ranks:
-        return
-    odd = sorted(name for name, own in client_ranks.items() if own != rank)
-    if odd:
-        raise ConfigError(
-            f"strategy: {strategy.name} needs equal ranks (lora.r is {rank}), but client {odd[0]} has rank"
-            f" {client_ranks[odd[0]]}; set clients.ranks={rank}, or use flexlora or zero_pad"
-        )
+        return dict(ranks), rank
+    smallest = min(ranks.values())
+    return dict.fromkeys(ranks, smallest), smallest

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation import STRATEGIES, Contribution, RoundContext
-from fedlora.aggregation.combine import apply_delta, check_ranks, combine, hand_out, make_delta, part_of
+from fedlora.aggregation.combine import apply_delta, combine, hand_out, make_delta, part_of, serve_ranks
 from fedlora.errors import ConfigError, RankError, RoundError
 from fedlora.protocol import ClientInfo
 
@@ -52,13 +52,11 @@ def test_fedit_refuses_another_rank_and_names_module_client_and_alternatives() -
     assert "flexlora" in str(refusal.value)
 
 
-def test_a_federation_of_mixed_ranks_is_refused_before_any_work() -> None:
-    ranks = {"c1": 8, "c17": 4, "c2": 8}
-    with pytest.raises(ConfigError, match=r"fedit needs equal ranks \(lora.r is 8\), but client c17 has rank 4"):
-        check_ranks(STRATEGIES.create("fedit"), ranks, rank=8)
-    check_ranks(STRATEGIES.create("fedit"), {"c1": 8, "c2": 8}, rank=8)
-    for name in ("flexlora", "zero_pad"):
-        check_ranks(STRATEGIES.create(name), ranks, rank=8)
+def test_a_rule_for_equal_ranks_trains_everyone_at_the_smallest() -> None:
+    ranks = {"c1": 8, "c2": 4}
+    assert serve_ranks(STRATEGIES.create("fedit"), ranks, rank=16) == ({"c1": 4, "c2": 4}, 4)
+    for name in ("zero_pad", "flexlora"):
+        assert serve_ranks(STRATEGIES.create(name), ranks, rank=16) == (ranks, 16)
 
 
 # zero_pad ---------------------------------------------------------------------------------------------------
