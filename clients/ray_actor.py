@@ -1,6 +1,5 @@
 """A Ray worker: the shared runtime behind an actor."""
 
-import os
 import traceback
 from typing import Any
 
@@ -24,10 +23,6 @@ class RayWorker:
 
             self._opened = ClientRuntime(parse_config(self._config), self._threads)
         return self._opened
-
-    def pid(self) -> int:
-        """Process id, for the journal and for tests that kill it."""
-        return os.getpid()
 
     def members(self) -> list[Any]:
         return self._runtime.members()

@@ -178,21 +178,17 @@ def main() -> None:
     except ConfigError as error:
         for problem in error.problems:
             typer.echo(f"error: {problem}", err=True)
-        _leave(error.exit_code)
+        sys.exit(error.exit_code)
     except FedLoRAError as error:
         typer.echo(f"error: {error}", err=True)
-        _leave(error.exit_code)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
-        _leave(130)
+        sys.exit(130)
     except BrokenPipeError:
         # the reader of our output has gone; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(141)
-
-
-def _leave(code: int) -> None:
-    sys.exit(code)
+        sys.exit(141)
 
 
 def _play(work: Any, folder: str, as_json: bool) -> None:

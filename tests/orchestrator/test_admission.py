@@ -126,7 +126,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "huge": (lambda: with_delta(lambda d: d["layer:B"].mul_(1e6)), "above admission.max_update_norm"),
     "a metric name that cannot be printed": (
         lambda: with_field(metrics={"\ud800[/x]": 1e13}),
-        "",
+        "metric ",
     ),
     "pickle": (lambda: lambda task, honest: pickle.dumps(honest), "not a valid message"),
     "truncated": (lambda: lambda task, honest: encode_update(**honest)[:-7], "not a valid message"),

@@ -17,6 +17,10 @@ from tests.pools import PoolSuite, tasks_for
 pytestmark = pytest.mark.ray
 
 
+def pids_of(pool: ClientPool) -> list[int]:
+    return [worker.pid for worker in pool.stats()]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """One Ray for this module; pools join it."""
@@ -39,7 +43,7 @@ def test_a_worker_killed_in_a_round_is_replaced_and_its_task_is_done_again(tmp_p
     pool = RayPool(toy_config(tmp_path, pool="ray", ray__workers=2, training__max_steps=20))
     try:
         tasks = tasks_for(pool)
-        pids = pool.pids()
+        pids = pids_of(pool)
         replies = []
         for reply in pool.train(tasks):
             if not replies:
@@ -47,7 +51,7 @@ def test_a_worker_killed_in_a_round_is_replaced_and_its_task_is_done_again(tmp_p
             replies.append(reply)
         assert sorted(reply.client for reply in replies) == sorted(task.client for task in tasks)
         assert all(reply.payload is not None for reply in replies)
-        assert len(set(pids) & set(pool.pids())) == 1
+        assert len(set(pids) & set(pids_of(pool))) == 1
         assert len(list(pool.train(tasks_for(pool, round=2)))) == len(tasks)
     finally:
         pool.close()
@@ -56,7 +60,7 @@ def test_a_worker_killed_in_a_round_is_replaced_and_its_task_is_done_again(tmp_p
 def test_without_retries_a_killed_worker_costs_its_own_client_only(tmp_path: Path) -> None:
     pool = RayPool(toy_config(tmp_path, pool="ray", ray__workers=2, ray__task_retries=0, training__max_steps=20))
     try:
-        tasks, pids = tasks_for(pool), pool.pids()
+        tasks, pids = tasks_for(pool), pids_of(pool)
         replies = []
         for reply in pool.train(tasks):
             if not replies:
