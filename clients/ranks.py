@@ -7,12 +7,14 @@ import numpy as np
 from fedlora.errors import ConfigError
 from fedlora.seeds import derive_seed
 
+_UNITS = {"by_memory_gb": "GB", "by_speed": "examples/s"}
+
 
 def assign_ranks(
     clients: Sequence[str],
     spec: Sequence[int] | Mapping[str, Mapping[int, float]] | None,
     default: int,
-    memory_gb: Sequence[float] | None,
+    declared: Sequence[float] | None,
     seed: int,
 ) -> dict[str, int]:
     """Rank of every client.
@@ -20,14 +22,14 @@ def assign_ranks(
     Args:
         clients: ids in their fixed order.
         spec: ranks dealt in turn; ``{"distribution": {rank: share}}``, whose counts match the shares as
-            closely as whole clients can and are then shuffled; or ``{"by_memory_gb": {rank: least}}``,
-            the largest rank whose need the client's declared memory meets.
+            closely as whole clients can and are then shuffled; ``{"by_memory_gb": {rank: least}}`` or
+            ``{"by_speed": {rank: least}}``, the largest rank whose need the client meets.
         default: rank of everyone where ``spec`` is None.
-        memory_gb: declared memory, dealt in turn.
+        declared: what clients say of themselves, dealt in turn: memory in GB, or examples per second.
         seed: the run's root seed.
 
     Raises:
-        ConfigError: if a client's memory meets no rank's need.
+        ConfigError: if a client meets no rank's need.
     """
     if spec is None:
         return dict.fromkeys(clients, default)
@@ -35,14 +37,21 @@ def assign_ranks(
         return {client: spec[i % len(spec)] for i, client in enumerate(clients)}
     if "distribution" in spec:
         return _by_share(clients, spec["distribution"], seed)
-    needs = sorted(((least, rank) for rank, least in spec["by_memory_gb"].items()), reverse=True)
-    given = {client: (memory_gb or [0.0])[i % len(memory_gb or [0.0])] for i, client in enumerate(clients)}
+    kind, needs = next(iter(spec.items()))
+    return _by_need(clients, needs, declared or [0.0], _UNITS[kind])
+
+
+def _by_need(
+    clients: Sequence[str], needs: Mapping[int, float], declared: Sequence[float], unit: str
+) -> dict[str, int]:
     chosen = {}
-    for client, memory in given.items():
-        fitting = [rank for least, rank in needs if memory >= least]
+    for i, client in enumerate(clients):
+        has = declared[i % len(declared)]
+        fitting = [rank for rank, least in needs.items() if has >= least]
         if not fitting:
+            least = min(needs.values())
             raise ConfigError(
-                f"clients.ranks: {client} declares {memory} GB, less than any rank needs ({needs[-1][0]} GB)"
+                f"clients.ranks: {client} declares {has} {unit}, less than any rank needs ({least} {unit})"
             )
         chosen[client] = max(fitting)
     return chosen

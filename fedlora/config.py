@@ -82,7 +82,8 @@ def _read_ranks(value: Any) -> Any:
         if not value or bad:
             raise ValueError(f"ranks are whole numbers of at least 1, not {bad[0] if bad else value}")
         return value
-    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("distribution", "by_memory_gb"):
+    kinds = ("distribution", "by_memory_gb", "by_speed")
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in kinds:
         kind, table = next(iter(value.items()))
         if not isinstance(table, dict) or not table:
             raise ValueError(f"{kind} needs a mapping, such as {{4: 0.5, 8: 0.3, 16: 0.2}}")
@@ -92,7 +93,7 @@ def _read_ranks(value: Any) -> Any:
         return {kind: {_whole(rank): float(number) for rank, number in table.items()}}
     raise ValueError(
         "expected a rank, a list of ranks (dealt to clients in turn), {distribution: {rank: share}},"
-        " or {by_memory_gb: {rank: least memory}}"
+        " {by_memory_gb: {rank: least memory}} or {by_speed: {rank: least examples_per_s}}"
     )
 
 
@@ -111,14 +112,28 @@ class ClientsConfig(_Section):
         None, description="LoRA rank per client; default lora.r for all"
     )
     memory_gb: list[float] | None = Field(None, description="memory each client declares, dealt in turn")
+    examples_per_s: list[float] | None = Field(None, description="speed each client declares, dealt in turn")
+    selection: str | dict[str, dict[str, Any] | None] = Field(
+        "uniform",
+        description="uniform, weighted, round_robin, poisson, power_of_choice, oort, or a plug-in; with its options as"
+        " {power_of_choice: {d: 20}}",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ClientsConfig:
         if isinstance(self.ranks, dict) and "by_memory_gb" in self.ranks and not self.memory_gb:
             raise ValueError("ranks by_memory_gb needs memory_gb, the memory each client declares")
+        if isinstance(self.ranks, dict) and "by_speed" in self.ranks and not self.examples_per_s:
+            raise ValueError("ranks by_speed needs examples_per_s, the speed each client declares")
         if isinstance(self.per_round, float) and self.per_round > 1 and self.per_round != int(self.per_round):
             raise ValueError(f"per_round is a whole number or a share up to 1, not {self.per_round}")
         return self
+
+    @property
+    def declared(self) -> list[float] | None:
+        """What each client says of itself where its rank depends on that, in the unit of ``ranks``."""
+        by_speed = isinstance(self.ranks, dict) and "by_speed" in self.ranks
+        return self.examples_per_s if by_speed else self.memory_gb
 
 
 class LoraConfig(_Section):
@@ -215,6 +230,76 @@ class LedgerConfig(_Section):
     )
 
 
+class ScheduleConfig(_Section):
+    """When a round closes, and what becomes of updates that come later."""
+
+    mode: Literal["sync", "async"] = Field(
+        "sync", description="async keeps clients.per_round clients busy and aggregates every `buffer` updates (FedBuff)"
+    )
+    over_selection: float = Field(
+        1.0, ge=1, description="sync: ask this many times clients.per_round; the round closes with the first ones"
+    )
+    deadline_s: float | None = Field(
+        None, gt=0, description="sync: seconds after which a round closes with what it has; default: it waits for all"
+    )
+    quorum: float = Field(
+        0.0, ge=0, le=1, description="share of clients.per_round whose updates a round needs, else it changes nothing"
+    )
+    late: Literal["drop", "keep"] = Field(
+        "drop", description="keep: an update that misses its round counts in a later one (wants the staleness wrapper)"
+    )
+    buffer: int = Field(10, ge=1, description="async: updates per aggregation")
+
+
+def _read_distribution(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, list):
+        if not value or not all(_positive(number) for number in value):
+            raise ValueError(f"expected positive numbers, not {value}")
+        return [float(number) for number in value]
+    shapes = {"uniform": ("low", "high"), "lognormal": ("median", "sigma")}
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in shapes:
+        kind, options = next(iter(value.items()))
+        if isinstance(options, dict) and set(options) == set(shapes[kind]) and all(map(_positive, options.values())):
+            return {kind: {name: float(number) for name, number in options.items()}}
+    raise ValueError(
+        "expected a number, a list of numbers (dealt to clients in turn), {uniform: {low: 10, high: 100}} or"
+        " {lognormal: {median: 50, sigma: 1}}"
+    )
+
+
+def _positive(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < float("inf")
+
+
+Distribution = Annotated[list[float] | dict[str, dict[str, float]], BeforeValidator(_read_distribution)]
+
+
+class FleetConfig(_Section):
+    """Simulated devices: rounds are timed by a virtual clock, and nothing waits for them."""
+
+    examples_per_s: Distribution = Field(
+        {"lognormal": {"median": 50.0, "sigma": 0.8}}, description="training speed of each client"
+    )
+    mbit_per_s: Distribution = Field(
+        {"lognormal": {"median": 20.0, "sigma": 0.8}}, description="bandwidth of each client, up and down alike"
+    )
+    jitter: float = Field(0.0, ge=0, description="sigma of a lognormal factor on every single task")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a client that was asked never answers")
+    online: float = Field(1.0, gt=0, le=1, description="share of the time a client is there to be asked")
+    period_s: float = Field(3600.0, gt=0, description="each client comes and goes once in this time, at its own phase")
+
+
+class StoreConfig(_Section):
+    """Who may write the run folder, and where others can look on. The run folder itself stays the truth."""
+
+    redis: str | None = Field(
+        None, description="redis://host:port/0 for the run's lease, events and client registry; default: $FEDLORA_REDIS"
+    )
+    lease_s: float = Field(10.0, ge=1, description="a silent orchestrator's run may be taken over after this time")
+
+
 class RayConfig(_Section):
     """The Ray pool."""
 
@@ -222,7 +307,13 @@ class RayConfig(_Section):
     workers: int | None = Field(None, ge=1, description="default: as many as num_cpus lets the cluster hold")
     num_cpus: float = Field(1, gt=0, description="cores each worker reserves")
     num_gpus: float = Field(0, ge=0, description="share of a GPU each worker reserves")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="custom resources each worker reserves, as nodes were started with"
+    )
     task_retries: int = Field(1, ge=0, description="times a task is given to another worker when its worker dies")
+
+
+_AROUND = ("output_dir", "store")  # where results go and who looks on: they do not define the results
 
 
 class RunConfig(_Section):
@@ -245,8 +336,11 @@ class RunConfig(_Section):
     weighting: Literal["examples", "uniform"] = "examples"
     rounds: int = Field(10, ge=1)
     seed: int = Field(0, ge=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    fleet: FleetConfig | None = Field(None, description="simulated devices with a virtual clock; {} for the defaults")
     pool: Literal["local", "ray"] = "local"
     ray: RayConfig = RayConfig()
+    store: StoreConfig = StoreConfig()
     threads: int | None = Field(None, ge=1, description="torch threads per worker; default: all cores, or ray.num_cpus")
     keep_checkpoints: int = Field(2, ge=1)
     output_dir: str = "runs/default"
@@ -284,8 +378,8 @@ class RunConfig(_Section):
         return self.model_dump(mode="json")
 
     def sha256(self) -> str:
-        """Hash of what defines the results: everything but where they are written."""
-        content = {key: value for key, value in self.resolved().items() if key != "output_dir"}
+        """Hash of what defines the results: everything but where they are written and who looks on."""
+        content = {key: value for key, value in self.resolved().items() if key not in _AROUND}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -341,9 +435,10 @@ def parse_config(content: Mapping[str, Any]) -> RunConfig:
 
 
 def differences(mine: RunConfig, other: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, ``output_dir`` aside."""
+    """Dotted keys whose values differ, those aside that do not define the results."""
     left, right = dict(_flatten(mine.resolved())), dict(_flatten(other.resolved()))
-    return sorted(key for key in left | right if left.get(key) != right.get(key) and key != "output_dir")
+    different = {key for key in left | right if left.get(key) != right.get(key)}
+    return sorted(key for key in different if key.split(".")[0] not in _AROUND)
 
 
 def _suffix(overrides: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong with a configuration before it runs, at once."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from fedlora.data.partition import open_corpus
 from fedlora.errors import FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.training.model import check_length, check_rank, device_of, dtype_of, find_saved, find_sites, outline
+from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
+from orchestrator.selection import build_selector
 from orchestrator.soundness import check_strategy
 from orchestrator.stores.files import check_folder
 
@@ -29,7 +32,7 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     """
     facts: dict[str, Any] = {}
     problems: list[FedLoRAError] = []
-    strategy = corpus = None
+    strategy = corpus = served = None
     try:
         load_plugins(config.plugins)
         strategy = compose(config.strategy)
@@ -41,10 +44,10 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, form: {corpus.form}"
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
         clients = config.clients
-        ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.memory_gb, config.seed)
+        ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.declared, config.seed)
         if strategy is not None:
             check_strategy(strategy, config, list(corpus.shards), merges=_merges(config))
-            ranks, _ = serve_ranks(strategy, ranks, config.lora.r)
+            ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())
         )
@@ -55,7 +58,15 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     except FedLoRAError as error:
         problems.append(error)
     try:
-        facts |= _model_facts(config, corpus)
+        told, sites, dense = _model_facts(config, corpus)
+        facts |= told
+        if strategy is not None and served is not None:
+            ranks, rank = served
+            facts["budget"] = budget(strategy, ranks, Outline(rank, sites, dense), config)
+    except FedLoRAError as error:
+        problems.append(error)
+    try:
+        build_selector(config.clients.selection)
     except FedLoRAError as error:
         problems.append(error)
     try:
@@ -76,7 +87,8 @@ def _attack_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
     return {"attack": describe_attack(assault.name, assault.group)}
 
 
-def _model_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
+def _model_facts(config: RunConfig, corpus: Any) -> tuple[dict[str, Any], Mapping[str, tuple[int, int]], int]:
+    """What to say of the model, (out, in) of the adapted modules, and numbers in tensors trained in full."""
     if corpus is None:  # the data could not be read; names and sizes can be checked all the same
         task = config.model.task if config.model.task != "auto" else "sequence-classification"
         spec = base_spec(config, task, ())
@@ -89,10 +101,11 @@ def _model_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
     saved = find_saved(model, config.lora.modules_to_save, spec.task)
     head = sum(p.numel() for name, p in model.named_parameters() if set(name.split(".")) & set(saved))
     factors = sum(out + inner for out, inner in sites.values())
-    return {
+    told = {
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "adapter": f"{len(sites)} layers, {factors * config.lora.r + head:,} parameters at rank {config.lora.r}",
     }
+    return told, sites, head
 
 
 def _merges(config: RunConfig) -> bool:
