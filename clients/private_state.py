@@ -1,7 +1,8 @@
 """What a client keeps to itself, by round: personal parts, and what local methods keep. It never leaves the client.
 
-Files are named after the round that wrote them, so that a round that is repeated after a crash starts from
-what the client had before it, not from what the first attempt left behind.
+Files are named after the round that wrote them, and a task says which of the client's rounds counted last: a round
+that is repeated after a crash, or that follows a refused update, starts from what the client had when the server last
+took something from it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ class PrivateState:
         except Exception as error:  # safetensors raises its own type for a bad file
             raise FedLoRAError(f"the private state {path} of client {client} is damaged ({error})") from error
 
-    def save(self, client: str, round: int, private: Private) -> None:
-        """Replace what the client has after ``round``, atomically.
+    def save(self, client: str, round: int, private: Private, accepted: int) -> None:
+        """Keep what the client has after ``round``, atomically. Whether it counts is the server's to say.
+
+        Args:
+            accepted: round of the client's last update that counted; what came between that and ``round`` did not.
 
         Raises:
             FedLoRAError: if it cannot be written.
@@ -81,9 +85,10 @@ class PrivateState:
                 file.flush()
                 os.fsync(file.fileno())
             scratch.replace(path)
+            saved = self._rounds(client)
             # the newest state from before the oldest round that may be repeated is still needed
-            settled = [number for number in self._rounds(client) if number < round - self._keep]
-            for number in settled[:-1]:
+            settled = [number for number in saved if number < round - self._keep and number <= accepted]
+            for number in (*settled[:-1], *(n for n in saved if accepted < n < round)):
                 self._file(client, number).unlink(missing_ok=True)
         except OSError as error:
             raise FedLoRAError(f"cannot write the private state {path}: {error.strerror or error}") from error

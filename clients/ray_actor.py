@@ -1,32 +1,41 @@
 """A Ray worker: the shared runtime behind an actor."""
 
-import traceback
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 
 @ray.remote
 class RayWorker:
-    """Loads the base once and executes tasks of any client."""
+    """Loads the base once and executes tasks of any client, several in one call where they are short."""
 
-    def __init__(self, config: dict[str, Any], threads: int, plugins: Any):
+    def __init__(self, config: dict[str, Any], threads: int, plugins: Any, open_runtime: bytes):
         # plug-ins come as what the driver read; the configuration's paths are the driver's
         self._config, self._threads, self._plugins = {**config, "plugins": []}, threads, plugins
-        self._opened: Any = None
+        # pickled: unpickling imports torch, and an actor only counts as placed once it has its arguments
+        self._open_runtime, self._opened = open_runtime, None
         self._ledger: dict[str, Any] = {}
 
     @property
     def _runtime(self) -> Any:
         # opened by the first call, not the constructor: an error of ours then reaches the driver as itself
         if self._opened is None:
-            from clients.runtime import ClientRuntime
             from fedlora.config import parse_config
             from fedlora.plugins import import_plugins
 
             import_plugins(self._plugins)
-            self._opened = ClientRuntime(parse_config(self._config), self._threads)
+            open_runtime = cloudpickle.loads(self._open_runtime)
+            self._opened = open_runtime(parse_config(self._config), self._threads)
         return self._opened
+
+    def ready(self) -> tuple[str, Any]:
+        """The node this worker is on and its stats, once it has loaded the base."""
+        self._runtime.base()
+        return ray.get_runtime_context().get_node_id(), self._runtime.stats()
 
     def members(self) -> list[Any]:
         return self._runtime.members()
@@ -37,24 +46,52 @@ class RayWorker:
     def stats(self) -> Any:
         return self._runtime.stats()
 
-    def train(self, adapter: bytes, task: Any, patches: Any) -> tuple[bytes | None, str | None, str | None]:
-        """(payload, error, traceback). The adapter comes as its own argument: one object for many tasks."""
-        from fedlora.errors import FedLoRAError
+    def train(self, tasks: Sequence[tuple[Any, int]], patches: Any, *adapters: bytes) -> list[tuple[Any, Any]]:
+        """A reply per task, its payload beside it.
 
-        try:
-            return self._runtime.train(self._whole(task, adapter, patches)), None, None
-        except FedLoRAError as error:
-            return None, str(error), None
-        except Exception as error:  # noqa: BLE001 - one client's failure must not end the run
-            return None, f"{type(error).__name__}: {error}", traceback.format_exc()
+        Args:
+            tasks: each with the position of its adapter.
+            patches: the ledger of all of these tasks: (id, reference).
+            adapters: Ray fetches arguments of a call itself, and each distinct one once.
 
-    def evaluate(self, adapter: bytes, task: Any, patches: Any) -> Any:
-        return self._runtime.evaluate(self._whole(task, adapter, patches))
-
-    def _whole(self, task: Any, adapter: bytes, patches: Any) -> Any:
-        """The task as the driver had it. Patches are fetched once per worker and kept."""
+        Returns:
+            (reply without payload, payload as uint8 [n] or None): arrays are written to the object store as they are
+            and read in place, where bytes inside a list would be copied through the pickler.
+        """
         from dataclasses import replace
 
+        import numpy as np
+
+        from clients.attempt import attempt
+
+        done = []
+        ledger = self._patches(patches)
+        for task, index in tasks:
+            reply = attempt(self._runtime, replace(task, adapter=adapters[index], ledger=ledger))
+            payload = None if reply.payload is None else np.frombuffer(reply.payload, np.uint8)
+            done.append((replace(reply, payload=None), payload))
+        return done
+
+    def evaluate(self, tasks: Sequence[tuple[Any, int]], patches: Any, *adapters: bytes) -> list[tuple[Any, float]]:
+        """A result per task and the seconds it took; arguments as for ``train``."""
+        import time
+        from dataclasses import replace
+
+        from fedlora.protocol import EvalResult
+
+        done = []
+        ledger = self._patches(patches)
+        for task, index in tasks:
+            start = time.perf_counter()
+            try:
+                result = self._runtime.evaluate(replace(task, adapter=adapters[index], ledger=ledger))
+            except Exception as error:  # noqa: BLE001 - one score that cannot be had costs that score
+                result = EvalResult(task.subject, 0.0, 0, 0, 0, error=f"{type(error).__name__}: {error}")
+            done.append((result, time.perf_counter() - start))
+        return done
+
+    def _patches(self, patches: Any) -> Any:
+        """The ledger as the driver has it. Patches are fetched once per worker and kept."""
         from fedlora.protocol import Patch
 
         wanted = {identity for identity, _ in patches}
@@ -62,4 +99,4 @@ class RayWorker:
         for identity, reference in patches:
             if identity not in self._ledger:
                 self._ledger[identity] = Patch(identity, ray.get(reference))
-        return replace(task, adapter=adapter, ledger=tuple(self._ledger[identity] for identity, _ in patches))
+        return tuple(self._ledger[identity] for identity, _ in patches)

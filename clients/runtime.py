@@ -71,7 +71,7 @@ class ClientRuntime:
         """Every client of the run, with its rank and what it holds."""
         clients = list(self.corpus.shards)
         settings = self._config.clients
-        ranks = assign_ranks(clients, settings.ranks, self._config.lora.r, settings.memory_gb, self._config.seed)
+        ranks = assign_ranks(clients, settings.ranks, self._config.lora.r, settings.declared, self._config.seed)
         return [
             ClientInfo(
                 id=client,
@@ -96,7 +96,7 @@ class ClientRuntime:
         assault = self._assault
         learned = self._attack(assault, task) if assault and task.client in assault.group else self._learn(task)
         if _needs_private(task.plan):
-            self._private.save(task.client, task.round, learned.private)
+            self._private.save(task.client, task.round, learned.private, task.accepted)
         told = (learned.delta, learned.rows, learned.metrics, learned.extras)
         return encode_update(task.client, task.round, task.received, *told)
 
@@ -112,7 +112,7 @@ class ClientRuntime:
         methods = MethodStack(task.plan.methods)
         model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
         adapted.patch_base(task.ledger, received.frozen)
-        private = self._private.load(task.client, task.round) if _needs_private(task.plan) else Private()
+        private = self._private.load(task.client, task.accepted + 1) if _needs_private(task.plan) else Private()
         start = with_personal(received, private.personal, task.plan.keep)
         insert(model, name, start)
         parameters = name_parameters(model, name, task.plan.train)
@@ -176,7 +176,7 @@ class ClientRuntime:
         adapted = self._model()
         state = decode_adapter(task.adapter)
         if task.keep:
-            state = with_personal(state, self._private.load(task.subject, task.round + 1).personal, task.keep)
+            state = with_personal(state, self._private.load(task.subject, task.accepted + 1).personal, task.keep)
         state = state.map(lambda update: pad(update, state.rank))  # a strategy may give modules different ranks
         model, name = adapted.at_rank(state.rank), f"r{state.rank}"
         adapted.patch_base(task.ledger, state.frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -110,6 +110,8 @@ class TrainTask:
         received: SHA-256 of ``adapter``; the answer quotes it.
         seed: of batch order and dropout.
         ledger: every patch of the base, in order; a worker applies those it lacks.
+        accepted: round of the client's last update that counted, 0 before the first; what it keeps to itself goes on
+            from there.
     """
 
     round: int
@@ -119,6 +121,7 @@ class TrainTask:
     received: str
     seed: int
     ledger: tuple[Patch, ...] = ()
+    accepted: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +173,8 @@ class EvalTask:
         adapter: wire bytes.
         shard, num_shards: every ``num_shards``-th row from ``shard``.
         ledger: every patch of the base, in order.
-        keep: parts for which a client uses its own, as they were after ``round``.
+        keep: parts for which a client uses its own, as they were after ``accepted``.
+        accepted: round of the client's last update that counted.
     """
 
     subject: str
@@ -179,7 +183,7 @@ class EvalTask:
     num_shards: int = 1
     ledger: tuple[Patch, ...] = ()
     keep: frozenset[str] = frozenset()
-    round: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -247,8 +251,17 @@ class ClientPool(Protocol):
         """The base model that all members share."""
         ...
 
-    def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
-        """Execute tasks; yields one reply per task, in order of arrival."""
+    def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
+        """Give out tasks; yields one reply per task, in order of arrival.
+
+        Replies to tasks of earlier calls that are still out are among them. Ends when nothing is out any more, or
+        after ``timeout_s`` seconds; whoever stops reading before that leaves the rest out as well. A client has one
+        task at a time.
+        """
+        ...
+
+    def abandon(self, clients: Collection[str]) -> None:
+        """Give up what these clients still have out: no reply to it will come, and its worker is free again."""
         ...
 
     def evaluate(self, tasks: Sequence[EvalTask]) -> list[EvalResult]:

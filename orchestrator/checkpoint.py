@@ -39,11 +39,13 @@ def commit(folder: Path, state: RunState, keep: int) -> None:
         path = _patch_file(folder, entry.payload_sha256)
         if not path.exists() or entry.provenance.get("round") == state.round:
             write_atomic(path, entry.payload)
+    reach("commit.ledger", state.round)
     with writing(target):
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".round-*"):
             shutil.rmtree(leftover)
         scratch.mkdir()
+        reach("commit.begun", state.round)
         for name, content in files.items():
             write_atomic(scratch / name, content)
             reach("commit.writing", state.round)

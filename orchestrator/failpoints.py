@@ -8,16 +8,21 @@ import os
 import signal
 
 FAILPOINTS = (
+    "round.started",
     "round.selected",
     "round.planned",
+    "round.answered",
     "round.trained",
     "round.aggregated",
     "round.evaluated",
+    "commit.ledger",
+    "commit.begun",
     "commit.writing",
     "commit.written",
     "commit.renamed",
     "commit.pruned",
     "commit.logged",
+    "commit.told",
 )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.adapter.rank import revive
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import RoundContext, Strategy
-from fedlora.protocol import ClientInfo, ClientPool
+from fedlora.config import ScheduleConfig, TrainingConfig
+from fedlora.protocol import ClientInfo, ClientPool, Reply, TrainTask
 from fedlora.seeds import derive_seed
+from orchestrator.fleet import Fleet
+from orchestrator.flights import Flight
+from orchestrator.selection import Selector
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 
@@ -24,8 +28,13 @@ class Federation:
         strategy: how updates are combined.
         members: all clients in their fixed order.
         fresh: the usual initial adapter at the global rank; what ``strategy.start`` was given.
+        selector: who is asked.
+        schedule: when a round closes.
+        training: as configured; only what it says about the work of a task is read.
+        fleet: simulated devices; None where a real clock decides.
         ledger_rank: rank per module the base's patches are recompressed to; None where nothing may be lost.
         emit: called with an event's name and fields.
+        out: (round, client) of the tasks this process has given to the pool and not heard of.
     """
 
     pool: ClientPool
@@ -42,8 +51,31 @@ class Federation:
     evaluate_clients: bool
     ledger_rank: int | None
     emit: Emit
+    selector: Selector
+    schedule: ScheduleConfig
+    training: TrainingConfig
+    fleet: Fleet | None = None
+    out: set[tuple[int, str]] = field(default_factory=set)
 
     def context(self, number: int, adapter: AdapterState) -> RoundContext:
         """Round ``number`` from this global adapter, with pairs that could never learn again revived."""
         seed = derive_seed(self.seed, number, "", "strategy")
         return RoundContext(number, self.rank, seed, revive(adapter, self.fresh), self.members)
+
+    def give(self, tasks: Iterable[TrainTask], timeout_s: float | None) -> Iterator[Reply]:
+        """Give out those tasks that are not out already, and yield answers as they come."""
+        fresh = [task for task in tasks if (task.round, task.client) not in self.out]
+        self.out.update((task.round, task.client) for task in fresh)
+        for reply in self.pool.train(fresh, timeout_s):
+            self._forget({reply.client})
+            yield reply
+
+    def abandon(self, flights: Iterable[Flight]) -> None:
+        """Give up what these clients have out."""
+        clients = {flight.client for flight in flights} & {client for _, client in self.out}
+        if clients:
+            self.pool.abandon(clients)
+            self._forget(clients)
+
+    def _forget(self, clients: Collection[str]) -> None:
+        self.out.difference_update([key for key in self.out if key[1] in clients])

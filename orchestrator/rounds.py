@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from fedlora.adapter.state import AdapterState
-from fedlora.adapter.wire import decode_parcel, decode_update, digest, encode_adapter
-from fedlora.aggregation.base import Aggregate, Contribution, RoundContext
-from fedlora.aggregation.cohort import Cohort, Pending
-from fedlora.aggregation.combine import apply_delta, combine, hand_out
-from fedlora.errors import ConfigError, QuorumError, RoundError, UpdateRefused
-from fedlora.protocol import ClientInfo, TrainPlan, TrainTask
-from fedlora.seeds import derive_seed
-from orchestrator.admission import Expectation, admit
+from fedlora.aggregation.base import Aggregate, RoundContext
+from fedlora.aggregation.cohort import Cohort
+from fedlora.aggregation.combine import combine
+from fedlora.errors import QuorumError, RoundError
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
-from orchestrator.patches import catch_up_bytes, patch_base
+from orchestrator.flights import Flight
+from orchestrator.inbox import Inbox, Used, describe
+from orchestrator.outbox import Outbox
+from orchestrator.patches import patch_base
+from orchestrator.schedule import in_order, play, wanted
 from orchestrator.scoring import better, evaluate_global
-from orchestrator.selection import select
-from orchestrator.spool import Spool
+from orchestrator.selection import Record
 from orchestrator.state import RunState
 
 MAX_EMPTY_ROUNDS = 3  # in a row; one bad client may cost a round, but a run nobody answers must end
-
-
-@dataclass(frozen=True, eq=False)
-class Used:
-    """An admitted update, waiting in the round's spool, and what its client measured."""
-
-    update: Pending
-    metrics: Mapping[str, float]
 
 
 def play_round(fed: Federation, state: RunState) -> RunState:
@@ -49,49 +37,57 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     clock = _Clock()
     number = state.round + 1
     ctx = fed.context(number, state.adapter)
-    chosen = select(fed.members, fed.per_round, derive_seed(fed.seed, number, "", "selection"), fed.strategy.required)
-    fed.emit("round_started", {"round": number, "selected": [client.id for client in chosen]})
-    reach("round.selected", number)
-
-    asked = _prepare(fed, state, ctx, chosen)
-    clock.lap("prepare")
-    reach("round.planned", number)
-    used, outcome = _collect(fed, asked, number)
+    outbox, inbox = Outbox(fed, state, ctx), Inbox(fed, number)
+    reach("round.started", number)
+    closing = play(fed, state, outbox, inbox)
     clock.lap("train")
     reach("round.trained", number)
 
+    used = inbox.used()
     aggregate, problem = _aggregate(fed, used, ctx, state)
     if problem:
         used = []
-    empty = 0 if used else state.empty_rounds + 1
+    empty = _empty_rounds(state, used, inbox, problem)
     if empty == MAX_EMPTY_ROUNDS:
-        lost = [f"{client}: {reason}" for client, reason in {**outcome["failed"], **outcome["refused"]}.items()]
+        lost = [f"{client}: {reason}" for client, reason in {**inbox.failed, **inbox.refused, **inbox.late}.items()]
         reason = problem or lost[0]
         raise RoundError(f"{empty} rounds in a row brought no usable update; in round {number}, {reason}")
     ledger, folded = patch_base(fed, state, aggregate, [u.update.client for u in used], number)
     clock.lap("aggregate")
     reach("round.aggregated", number)
-    moved = replace(state, round=number, adapter=aggregate.adapter, strategy=aggregate.state, ledger=ledger)
+    accepted = {**state.accepted, **{u.flight.client: u.flight.round for u in used}}
+    moved = replace(
+        state,
+        round=number,
+        adapter=aggregate.adapter,
+        strategy=aggregate.state,
+        ledger=ledger,
+        accepted=dict(sorted(accepted.items())),
+    )
     due = number % fed.evaluate_every == 0 or number == fed.rounds
     scores, spread = evaluate_global(fed, moved) if due else (None, None)
     clock.lap("evaluate")
     reach("round.evaluated", number)
 
+    flights = in_order(closing.flights)
+    asked = [flight.client for flight in outbox.given]
     row = {
         "round": number,
-        "selected": [client.id for client in chosen],
-        "admitted": [u.update.client.id for u in used],
-        **outcome,
+        "selected": asked,
+        **describe(inbox),
         "problem": problem,
-        "train": _weighted_metrics(used),
         "eval": scores,
         "clients": spread,
-        "bytes_down": sum(len(expected.task.adapter) for expected in asked.values()) + catch_up_bytes(state, asked),
-        "ranks": dict(sorted(Counter(str(c.rank) for c in chosen).items(), key=lambda item: int(item[0]))),
+        "bytes_down": outbox.bytes_down,
+        "ranks": _count_ranks(outbox.given),
         "strategy": dict(aggregate.metrics) | folded,
+        "clock_s": closing.clock_s if fed.fleet else None,
+        "in_flight": len(flights),
         "seconds": clock.laps,
     }
-    participation = Counter(state.participation) + Counter(row["admitted"])
+    if problem:
+        row |= {"admitted": [], "train": None}
+    participation = Counter(state.participation) + Counter(u.flight.client for u in used)
     return replace(
         moved,
         totals=state.totals.plus(row),
@@ -102,14 +98,21 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         participation=dict(sorted(participation.items())),
         # whoever was sent the round's start has every patch up to there; those of this round come next time
         caught_up={**state.caught_up, **dict.fromkeys(asked, state.ledger.head)} if state.ledger.entries else {},
+        records=_records(state, outbox.given, used, inbox),
+        flights=flights,
+        payloads=outbox.payloads(flights),
+        clock_s=closing.clock_s,
     )
 
 
 def _aggregate(
     fed: Federation, used: Sequence[Used], ctx: RoundContext, state: RunState
 ) -> tuple[Aggregate, str | None]:
-    """The strategy's answer; or the model as it is, and why, where the strategy cannot use what came."""
+    """The strategy's answer; or the model as it is, and why, where too few came or the strategy cannot use them."""
     unchanged = Aggregate(state.adapter, state.strategy)
+    needed = math.ceil(fed.schedule.quorum * wanted(fed) - 1e-9)
+    if len(used) < needed:
+        return unchanged, f"{len(used)} updates came, and schedule.quorum asks for {needed}"
     if not used:
         return unchanged, None
     try:
@@ -123,87 +126,33 @@ def _aggregate(
     return aggregate, None
 
 
-def _prepare(
-    fed: Federation, state: RunState, ctx: RoundContext, chosen: Sequence[ClientInfo]
-) -> dict[str, Expectation]:
-    """A task per client; clients with equal adapters share one encoded payload."""
-    payloads: dict[str, bytes] = {}
-    decoded: dict[str, tuple[AdapterState, dict[str, Tensor]]] = {}
-    patches = state.ledger.patches()
-    cache: dict[TrainPlan, str] = {}
-    asked = {}
-    for client in chosen:
-        plan = fed.strategy.plan(ctx, client, state.strategy)
-        if leaking := plan.send & plan.keep:
-            raise ConfigError(f"strategy: {fed.strategy.name} plans to send {sorted(leaking)}, which it calls personal")
-        at_plan = replace(client, rank=plan.rank)
-        key = cache.get(plan)
-        if key is None:
-            handed = hand_out(fed.strategy, at_plan, ctx, state.strategy, fed.fresh)
-            payload = encode_adapter(handed, fed.strategy.broadcast(at_plan, ctx, state.strategy))
-            key = cache[plan] = digest(payload)
-            # what the client decodes, not what was encoded, is what its delta refers to
-            payloads[key], decoded[key] = payload, decode_parcel(payload)
-        seed = derive_seed(fed.seed, ctx.round, client.id, "train")
-        task = TrainTask(ctx.round, client.id, plan, payloads[key], key, seed, patches)
-        received, extras = decoded[key]
-        asked[client.id] = Expectation(at_plan, task, received, fed.max_update_norm, extras)
-    return asked
+def _empty_rounds(state: RunState, used: Sequence[Used], inbox: Inbox, problem: str | None) -> int:
+    """Rounds in a row that asked clients and could use none."""
+    if used:
+        return 0
+    nobody = not (inbox.answered or inbox.late or problem)  # a Poisson draw may be empty, and everyone may be out
+    return state.empty_rounds + (0 if nobody else 1)
 
 
-def _collect(fed: Federation, asked: Mapping[str, Expectation], number: int) -> tuple[list[Used], dict[str, Any]]:
-    """Train, and keep what passes admission. A client that fails costs its own update only."""
-    used: dict[str, Used] = {}
-    refused: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    bytes_up, spool = 0, Spool()
-    for reply in fed.pool.train([expected.task for expected in asked.values()]):
-        if reply.payload is None:
-            failed[reply.client] = reply.error or "no answer"
-            details = {"reason": failed[reply.client], "traceback": reply.traceback}
-            fed.emit("client_failed", {"round": number, "client": reply.client, **details})
-            continue
-        bytes_up += len(reply.payload)
-        try:
-            if reply.client not in asked:
-                raise UpdateRefused("was not asked in this round")
-            if reply.client in used or reply.client in refused:
-                raise UpdateRefused("answered twice; the first answer stands")
-            expected = asked[reply.client]
-            update = admit(reply.payload, expected)
-        except UpdateRefused as error:
-            refused.setdefault(reply.client, str(error))
-            fed.emit("update_refused", {"round": number, "client": reply.client, "reason": str(error)})
-            continue
-        weight = float(update.num_examples) if fed.weighting == "examples" else 1.0
-        load = partial(_contribution, expected, weight, spool.put(reply.payload))
-        used[reply.client] = Used(Pending(expected.client, weight, load), update.metrics)
-        facts = {"bytes": update.wire_bytes, "seconds": reply.seconds, "metrics": dict(update.metrics)}
-        fed.emit("update_admitted", {"round": number, "client": reply.client, **facts})
-    tokens, dropped = (int(sum(u.metrics.get(name, 0) for u in used.values())) for name in ("tokens", "dropped_rows"))
-    outcome = {
-        "refused": refused,
-        "failed": failed,
-        "bytes_up": bytes_up,
-        "train_tokens": tokens,
-        "dropped_rows": dropped,
-    }
-    return [used[client] for client in asked if client in used], outcome
+def _records(state: RunState, given: Sequence[Flight], used: Sequence[Used], inbox: Inbox) -> dict[str, Record]:
+    """What selection will know of every client that was ever asked."""
+    records = dict(state.records)
+    for flight in given:
+        record = records.get(flight.client, Record())
+        records[flight.client] = replace(record, asked=record.asked + 1, last_round=inbox.number)
+    for client in inbox.failed:
+        if client in records:
+            records[client] = replace(records[client], failures=records[client].failures + 1)
+    for u in used:
+        record = records[u.flight.client]
+        loss = u.metrics.get("first_loss", u.metrics.get("loss"))
+        records[u.flight.client] = replace(record, used=record.used + 1, loss=loss, seconds=u.seconds)
+    return dict(sorted(records.items()))
 
 
-def _contribution(expected: Expectation, weight: float, read: Callable[[], bytes]) -> Contribution:
-    """An update that was admitted and has waited in the spool, as the strategy sees it."""
-    update = decode_update(read())
-    trained = apply_delta(expected.received, update.delta)
-    return Contribution(expected.client, weight, trained, expected.received, update.metrics, update.extras)
-
-
-def _weighted_metrics(used: Sequence[Used]) -> dict[str, float] | None:
-    if not used:
-        return None
-    total = sum(u.update.weight for u in used)
-    names = ("loss", "first_loss")
-    return {name: sum(u.update.weight * u.metrics.get(name, 0.0) for u in used) / total for name in names}
+def _count_ranks(flights: Sequence[Flight]) -> dict[str, int]:
+    counts = Counter(flight.plan.rank for flight in flights)
+    return {str(rank): counts[rank] for rank in sorted(counts)}
 
 
 class _Clock:

@@ -45,7 +45,8 @@ def _evaluate_personal(fed: Federation, state: RunState) -> tuple[dict[str, floa
             plan = fed.strategy.plan(ctx, client, state.strategy)
             at_plan = replace(client, rank=plan.rank)
             payload = encode_adapter(hand_out(fed.strategy, at_plan, ctx, state.strategy, fed.fresh))
-            tasks.append(EvalTask(client.id, payload, ledger=patches, keep=plan.keep, round=state.round))
+            accepted = state.accepted.get(client.id, 0)
+            tasks.append(EvalTask(client.id, payload, ledger=patches, keep=plan.keep, accepted=accepted))
     results = fed.pool.evaluate(tasks)
     if all(result.error for result in results):
         raise RoundError(

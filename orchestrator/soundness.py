@@ -39,7 +39,35 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             raise ConfigError(
                 f"strategy: {name} needs the client {client}, which is not registered{nearest(client, clients)}"
             )
+    _check_schedule(name, strategy, config)
     if config.ledger.max_rank is not None and not traits.patches_base:
         raise ConfigError(
             f"ledger.max_rank has no effect: {name} does not patch the base; use flora, fedex or fedex_het"
         )
+
+
+def _check_schedule(name: str, strategy: Strategy, config: RunConfig) -> None:
+    schedule, traits = config.schedule, strategy.traits
+    later = schedule.mode == "async" or schedule.late == "keep"
+    asked = "schedule.mode: async" if schedule.mode == "async" else "schedule.late: keep"
+    if later and "staleness" not in name:
+        raise ConfigError(
+            f"strategy: {asked} brings updates of older models, which {name} would take for new ones; put staleness"
+            " over the rule: strategy: [staleness, flexlora]"
+        )
+    if later and (traits.patches_base or traits.personal or traits.whole_cohort or traits.core):
+        raise ConfigError(
+            f"strategy: {asked} brings updates of older models, and {name} needs everyone at the same one; use"
+            " flexlora, zero_pad or fedit under staleness"
+        )
+    if strategy.required and (schedule.mode == "async" or schedule.over_selection > 1):
+        reason = "schedule.mode: async" if schedule.mode == "async" else "schedule.over_selection"
+        raise ConfigError(
+            f"strategy: {name} needs {', '.join(strategy.required)} in every round, and {reason} may close one without;"
+            " use synchronous rounds without over-selection"
+        )
+    if schedule.mode == "async":
+        unread = [key for key in ("over_selection", "deadline_s") if getattr(schedule, key) not in (None, 1.0)]
+        if unread or schedule.late == "keep":
+            key = unread[0] if unread else "late"
+            raise ConfigError(f"schedule.{key} is for synchronous rounds; schedule.mode is async, where nobody is late")

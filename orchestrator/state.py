@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.adapter.ledger import BaseLedger, restored
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import State
 from fedlora.errors import AdapterError, CheckpointError
+from orchestrator.flights import Flight
+from orchestrator.selection import Record
 
-SCHEMA = 2
+SCHEMA = 3
+_PAYLOAD = "payload/"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class RunState:
         participation: rounds each client's update was used in.
         ledger: patches of the base so far.
         caught_up: the ledger's head each client was last sent.
+        accepted: round of each client's last update that was used.
+        records: what selection may know of each client that was asked.
+        flights: work that is out and will count in a later round, by round and client.
+        payloads: what those clients were sent, by SHA-256.
+        clock_s: seconds of training so far; virtual ones where a fleet is simulated.
     """
 
     round: int
@@ -68,11 +77,18 @@ class RunState:
     participation: Mapping[str, int] = field(default_factory=dict)
     ledger: BaseLedger = field(default_factory=BaseLedger)
     caught_up: Mapping[str, str] = field(default_factory=dict)
+    accepted: Mapping[str, int] = field(default_factory=dict)
+    records: Mapping[str, Record] = field(default_factory=dict)
+    flights: tuple[Flight, ...] = ()
+    payloads: Mapping[str, bytes] = field(default_factory=dict)
+    clock_s: float = 0.0
 
 
 def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split a state into plain JSON data and named tensors. The ledger's payloads are kept beside, by their hash."""
     tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors().items()}
+    for key, payload in state.payloads.items():
+        tensors[_PAYLOAD + key] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     note = {
         "schema": SCHEMA,
         "round": state.round,
@@ -88,6 +104,10 @@ def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "participation": dict(state.participation),
         "ledger": [entry.note() for entry in state.ledger.entries],
         "caught_up": dict(state.caught_up),
+        "accepted": dict(state.accepted),
+        "records": {client: asdict(record) for client, record in state.records.items()},
+        "flights": [flight.note() for flight in state.flights],
+        "clock_s": state.clock_s,
     }
     return note, tensors
 
@@ -124,6 +144,13 @@ def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor], patches: Mapp
             participation=note["participation"],
             ledger=restored([(entry, patches[entry["payload"]]) for entry in note["ledger"]]),
             caught_up=note["caught_up"],
+            accepted=note["accepted"],
+            records={client: Record(**record) for client, record in note["records"].items()},
+            flights=tuple(Flight.of(flight) for flight in note["flights"]),
+            payloads={
+                n.removeprefix(_PAYLOAD): t.numpy().tobytes() for n, t in tensors.items() if n.startswith(_PAYLOAD)
+            },
+            clock_s=note["clock_s"],
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint lacks {error}") from error

@@ -1,5 +1,6 @@
-"""The suite every client pool passes. A pool's test module subclasses it and provides ``pool``."""
+"""The suites every client pool passes. A pool's test module subclasses them and provides ``pool``."""
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -22,6 +23,64 @@ def tasks_for(pool: ClientPool, round: int = 1) -> list[TrainTask]:
         TrainTask(round, m.id, TrainPlan(m.rank), payloads[m.rank], digest(payloads[m.rank]), seed=index)
         for index, m in enumerate(pool.members())
     ]
+
+
+def task_for(pool: ClientPool, client: str, round: int = 1) -> TrainTask:
+    """A task at rank 2; the pool need not know the client."""
+    base = pool.base()
+    payload = encode_adapter(initial_adapter(base.sites, base.dense, 2, seed=0))
+    return TrainTask(round, client, TrainPlan(2), payload, digest(payload), seed=0)
+
+
+class UnrulySuite:
+    """What the round loop relies on when clients misbehave; ``pool`` runs ``tests.unruly.Unruly``."""
+
+    SLACK_S = 0.5  # of a machine that is busy with other tests
+
+    @pytest.fixture(scope="class")
+    def pool(self) -> ClientPool:
+        raise NotImplementedError
+
+    def test_a_client_that_never_answers_costs_itself_and_the_call_ends_at_its_deadline(self, pool: ClientPool) -> None:
+        tasks = [task_for(pool, client) for client in ("a", "b", "hangs")]
+        list(pool.train([task_for(pool, "warm")]))
+        start = time.monotonic()
+        replies = {reply.client: reply for reply in pool.train(tasks, timeout_s=2)}
+        assert 1.9 < time.monotonic() - start < 2 * 1.05 + self.SLACK_S
+        assert replies["a"].payload
+        assert replies["b"].payload
+        assert "deadline of 2 s" in (replies["hangs"].error or "") if "hangs" in replies else True
+        pool.abandon(["hangs"])
+        again = [task_for(pool, client, round=2) for client in ("a", "b", "c", "hangs")]
+        assert sorted(reply.client for reply in pool.train(again) if reply.payload) == ["a", "b", "c", "hangs"]
+
+    def test_whoever_stops_reading_gets_the_rest_from_a_later_call(self, pool: ClientPool) -> None:
+        first = next(pool.train([task_for(pool, client) for client in "abcdef"]))
+        later = [reply.client for reply in pool.train([task_for(pool, "g")])]
+        assert sorted([first.client, *later]) == list("abcdefg")
+        assert list(pool.train([])) == []
+
+    def test_what_was_abandoned_is_never_delivered(self, pool: ClientPool) -> None:
+        first = next(pool.train([task_for(pool, client) for client in "abcdef"]))
+        given_up = [client for client in "abcdef" if client != first.client][:3]
+        pool.abandon(given_up)
+        assert sorted(reply.client for reply in pool.train([])) == sorted(set("abcdef") - {first.client, *given_up})
+        second = [reply.client for reply in pool.train([task_for(pool, client, round=2) for client in given_up])]
+        assert sorted(second) == given_up
+
+    def test_a_failure_comes_with_its_traceback_client_and_round(self, pool: ClientPool) -> None:
+        replies = {r.client: r for r in pool.train([task_for(pool, client, round=3) for client in ("a", "fails", "b")])}
+        assert replies["fails"].error == "RuntimeError: out of luck"
+        trace = replies["fails"].traceback or ""
+        assert trace.startswith("client fails, round 3\n")
+        assert "unruly.py" in trace
+        assert replies["a"].payload
+        assert replies["b"].payload
+
+    def test_a_client_has_one_task_at_a_time(self, pool: ClientPool) -> None:
+        with pytest.raises(ValueError, match="a already has a task out"):
+            pool.train([task_for(pool, "a"), task_for(pool, "a", round=2)])
+        assert list(pool.train([])) == []
 
 
 class PoolSuite:

@@ -122,10 +122,13 @@ def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
-    # copies: safetensors refuses tensors that share memory
-    ready = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    ready: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory
+        ready[name] = plain.clone() if plain.untyped_storage().data_ptr() in taken else plain
+        taken.add(plain.untyped_storage().data_ptr())
     text = json.dumps({"schema": SCHEMA, **note}, sort_keys=True)
     return safetensors.torch.save(ready, {"fedlora": text})
 

@@ -4,7 +4,7 @@ All of them average B and A separately. The product of two means is not the mean
 error is ``sum_k w_k (B_k - mean B)(A_k - mean A)``, second order in how far clients drift apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from fedlora.adapter import rank as ranks
 from fedlora.adapter.algebra import mean_dense, mean_factors, norm
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.base import STRATEGIES, Aggregate, Contribution, RoundContext, State, Strategy, Traits
+from fedlora.aggregation.cohort import weights_of
 from fedlora.errors import ConfigError, RankError
 from fedlora.protocol import ClientInfo, Method, TrainPlan
 
@@ -26,8 +27,8 @@ class FedIT(Strategy):
     traits = Traits(linear=True, fixed_gauge=True, mixed_ranks=False)
 
     def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
-        require_equal_ranks(self.name, updates, ctx)
-        return Aggregate(mean_factors((u.trained for u in updates), [u.weight for u in updates]), state)
+        trained = (u.trained for u in equal_ranks(self.name, updates, ctx))
+        return Aggregate(mean_factors(trained, weights_of(updates)), state)
 
 
 class Nested(Strategy):
@@ -121,6 +122,12 @@ class HetLoRA(Nested):
 
 def require_equal_ranks(name: str, updates: Sequence[Contribution], ctx: RoundContext) -> None:
     """Raise ``RankError``, naming the client, unless every update has the global rank."""
+    for _ in equal_ranks(name, updates, ctx):
+        pass
+
+
+def equal_ranks(name: str, updates: Iterable[Contribution], ctx: RoundContext) -> Iterator[Contribution]:
+    """The updates, each checked as ``require_equal_ranks`` does when its turn comes: one look at each is enough."""
     for update in updates:
         for path, module in update.trained.modules.items():
             if module.rank != ctx.rank:
@@ -128,11 +135,12 @@ def require_equal_ranks(name: str, updates: Sequence[Contribution], ctx: RoundCo
                     f"{path}: client {update.client.id} sent rank {module.rank} to {name}, which needs"
                     f" equal ranks (global rank {ctx.rank}); use flexlora or fedex_het"
                 )
+        yield update
 
 
 def padded_mean(updates: Sequence[Contribution], rank: int) -> AdapterState:
     """Weighted mean of the factors after padding to ``rank`` with zeros."""
-    return mean_factors((_padded(u.trained, rank) for u in updates), [u.weight for u in updates])
+    return mean_factors((_padded(u.trained, rank) for u in updates), weights_of(updates))
 
 
 def component_mean(updates: Sequence[Contribution], ctx: RoundContext) -> AdapterState:

@@ -48,6 +48,11 @@ class Cohort(Sequence[Contribution]):
         return replace(self.pending[place].load(), weight=self.pending[place].weight)
 
 
+def weights_of(updates: Sequence[Contribution]) -> list[float]:
+    """The weight of every update, without loading those of a cohort."""
+    return [update.weight for update in (updates.pending if isinstance(updates, Cohort) else updates)]
+
+
 class Weighted:
     """(weight, trained adapter) per update; readable as often as wanted, one update at a time."""
 

@@ -1,9 +1,10 @@
 """Where clients run."""
 
 import os
+from collections.abc import Collection, Sequence
 
 from fedlora.config import RunConfig
-from fedlora.protocol import ClientPool
+from fedlora.protocol import ClientPool, TrainTask
 
 
 def open_pool(config: RunConfig) -> ClientPool:
@@ -20,3 +21,16 @@ def open_pool(config: RunConfig) -> ClientPool:
 def cores() -> int:
     """Cores this process may use, as the scheduler or container allows."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_one_each(tasks: Sequence[TrainTask], out: Collection[str]) -> None:
+    """Raise ``ValueError`` if a client would have two tasks at a time; its answers could not be told apart.
+
+    Args:
+        out: clients whose tasks have not been answered.
+    """
+    seen = set(out)
+    for task in tasks:
+        if task.client in seen:
+            raise ValueError(f"{task.client} already has a task out; abandon it before giving it another")
+        seen.add(task.client)

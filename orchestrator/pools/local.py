@@ -1,41 +1,47 @@
 """Clients in this process, one after another, on one copy of the base."""
 
-import time
-import traceback
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
 
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from clients.attempt import OpenRuntime, attempt
 from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
-from fedlora.errors import FedLoRAError
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
-from orchestrator.pools import cores
+from orchestrator.pools import check_one_each, cores
 
 
 class LocalPool:
-    """The reference pool: what others must agree with."""
+    """The reference pool: what others must agree with.
+
+    A deadline also stops the client that is training when it passes, if this is the main thread and the client runs
+    Python; elsewhere it is looked at between clients.
+    """
 
     workers = 1
 
-    def __init__(self, config: RunConfig):
-        self._runtime = ClientRuntime(config, config.threads or cores())
+    def __init__(self, config: RunConfig, runtime: OpenRuntime = ClientRuntime):
+        self._runtime = runtime(config, config.threads or cores())
+        self._queue: deque[TrainTask] = deque()
 
-    def members(self) -> list[ClientInfo]:
+    def members(self) -> Sequence[ClientInfo]:
         return self._runtime.members()
 
     def base(self) -> BaseInfo:
         return self._runtime.base()
 
-    def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
-        for task in tasks:
-            start = time.perf_counter()
-            try:
-                payload = self._runtime.train(task)
-            except FedLoRAError as error:
-                yield Reply(task.client, error=str(error))
-            except Exception as error:  # noqa: BLE001 - one client's failure must not end the run
-                yield Reply(task.client, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-            else:
-                yield Reply(task.client, payload, seconds=time.perf_counter() - start)
+    def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
+        check_one_each(tasks, {task.client for task in self._queue})
+        self._queue.extend(tasks)
+        return self._replies(timeout_s)
+
+    def abandon(self, clients: Collection[str]) -> None:
+        self._queue = deque(task for task in self._queue if task.client not in clients)
 
     def evaluate(self, tasks: Sequence[EvalTask]) -> list[EvalResult]:
         return [self._runtime.evaluate(task) for task in tasks]
@@ -44,4 +50,50 @@ class LocalPool:
         return [self._runtime.stats()]
 
     def close(self) -> None:
-        pass
+        self._queue.clear()
+
+    def _replies(self, timeout_s: float | None) -> Iterator[Reply]:
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._queue:
+            left = None if ends is None else ends - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            task = self._queue.popleft()
+            try:
+                with _stopped_after(left):
+                    reply = attempt(self._runtime, task)
+            except _OutOfTimeError:
+                reply = Reply(task.client, error=f"had not answered at the deadline of {timeout_s:g} s and was stopped")
+            yield reply
+
+
+class _OutOfTimeError(BaseException):
+    """Not an ``Exception``: a client's own handlers must not swallow it."""
+
+
+@contextmanager
+def _stopped_after(seconds: float | None) -> Iterator[None]:
+    """Raise ``_OutOfTimeError`` inside the block after so many seconds. Somebody else's alarm is kept."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    armed = True
+
+    def ring(number: int, frame: object) -> None:
+        if armed:
+            raise _OutOfTimeError
+
+    begun, theirs = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            armed = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if theirs is None else theirs)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begun), 1e-3), interval)

@@ -1,211 +1,318 @@
 """Clients on Ray actors: on this machine, or on a cluster.
 
-Ray holds nothing that matters. Each distinct adapter is put into the object store once; a task travels
-as a reference and a few numbers; replies are taken as they arrive. A worker that dies is replaced, and
-its task is given to another one.
+Ray holds nothing that matters. A task travels as a few numbers and a reference to its adapter, short tasks several in
+one call; replies are taken as they arrive. The tasks of a worker that dies are given to others, each alone: a task
+that kills its workers takes no other down twice. What a client comes to depends on none of this.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
-
-import ray
-from ray.exceptions import RayError, RayTaskError
-
-from clients.ray_actor import RayWorker
+from clients.attempt import OpenRuntime
+from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, FedLoRAError, ModelError
+from fedlora.errors import FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
-from orchestrator.pools import cores
+from orchestrator.pools import check_one_each
+from orchestrator.pools.balance import Pace, call_size, training_flops
+from orchestrator.pools.crew import EXAMINE_S, Crew, Worker, connect, first_line
+from orchestrator.pools.shelf import Shelf, ledger_of
+
+import ray  # isort: skip - after crew, which sets what Ray reads when it is imported
+from ray.exceptions import RayError, RayTaskError  # isort: skip
+
+_POLL_S = 0.005  # between looks for idle workers while somebody else works on the replies
+_LOOK_AHEAD = 1000  # tasks of the queue that are looked at for one call
+
+
+@dataclass(eq=False)
+class _Job:
+    """A task and how far it has come.
+
+    Attributes:
+        cost: estimated, in whatever unit its kind of task has.
+        alone: it shares its call with no other.
+        tries: workers that died over it.
+        wanted: false once it has been abandoned.
+        result: of a task of evaluation.
+    """
+
+    task: TrainTask | EvalTask
+    cost: float
+    alone: bool = False
+    tries: int = 0
+    wanted: bool = True
+    result: EvalResult | None = None
+
+    @property
+    def trains(self) -> str | None:
+        """The client whose training this is."""
+        return self.task.client if isinstance(self.task, TrainTask) else None
+
+
+@dataclass(eq=False)
+class _Call:
+    """Jobs on their way through one worker; ``until`` is when it is stopped if it has not answered."""
+
+    worker: Worker
+    jobs: list[_Job]
+    until: float = float("inf")
+
+
+@dataclass
+class _Out:
+    """Everything between a task that was given out and its answer."""
+
+    queue: deque[_Job] = field(default_factory=deque)
+    calls: dict[Any, _Call] = field(default_factory=dict)
+    arrived: deque[tuple[Reply, Any]] = field(default_factory=deque)
+
+    def clients(self) -> set[str]:
+        """Who still owes an answer, or has given one that nobody has seen."""
+        jobs = [*self.queue, *(job for call in self.calls.values() for job in call.jobs if job.wanted)]
+        return {job.trains for job in jobs if job.trains} | {reply.client for reply, _ in self.arrived}
+
+    def owed(self) -> bool:
+        """Whether ``clients`` names anybody."""
+        under_way = (job.trains and job.wanted for call in self.calls.values() for job in call.jobs)
+        return bool(self.arrived) or any(job.trains for job in self.queue) or any(under_way)
 
 
 class RayPool:
     """Actors that each hold one copy of the base."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, runtime: OpenRuntime = ClientRuntime):
         self._config = config
-        self._plugins = load_plugins(config.plugins)
-        self._settings = config.ray
-        self._threads = config.threads or max(1, math.floor(self._settings.num_cpus))
-        self._actors: list[Any] = []
-        self._patches: dict[str, Any] = {}  # the ledger in the object store, by entry
-        self._started_here = _connect(config)
+        self._out, self._shelf = _Out(), Shelf()
+        self._pace = {TrainTask: Pace(), EvalTask: Pace()}
+        plugins = load_plugins(config.plugins)
+        self._started_here = connect(config)
+        self._crew = Crew(config, plugins, runtime)
         try:
-            self.workers = _fitting_workers(config)
-            self._actors = [self._spawn() for _ in range(self.workers)]
-            self._members: list[ClientInfo] = self._ask_first("members")
+            self._crew.open()
+            self._members: list[ClientInfo] = self._ask_any("members")
+            self._base: BaseInfo = self._ask_any("base")
         except BaseException:
             self.close()
             raise
+        self._by_id = {member.id: member for member in self._members}
+
+    @property
+    def workers(self) -> int:
+        return max(1, len(self._crew.live))
 
     def members(self) -> list[ClientInfo]:
         return self._members
 
     def base(self) -> BaseInfo:
-        return self._ask_first("base")
+        return self._base
 
-    def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
-        yield from (reply for _, reply in self._spread(tasks, _train, _train_failed))
+    def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
+        check_one_each(tasks, self._out.clients() if tasks else ())
+        again = {task.client for task in tasks}
+        for reference, call in list(self._out.calls.items()):
+            if any(job.trains in again for job in call.jobs):
+                self._evict(reference)  # given up before, and still at it: a client does one thing at a time
+        jobs = [_Job(task, self._cost(task)) for task in tasks]
+        for task in tasks:
+            self._shelf.put(task)
+        self._out.queue = deque(sorted([*self._out.queue, *jobs], key=lambda job: (not job.alone, -job.cost)))
+        return self._replies(timeout_s)
+
+    def abandon(self, clients: Collection[str]) -> None:
+        gone = [job for job in self._out.queue if job.trains in clients]
+        self._out.queue = deque(job for job in self._out.queue if job.trains not in clients)
+        self._out.arrived = deque(item for item in self._out.arrived if item[0].client not in clients)
+        for job in gone:
+            self._shelf.drop(job.task)
+        # a worker that is stopped has to load the base again: it may finish if that takes no longer
+        until = time.monotonic() + self._crew.start_s
+        for call in self._out.calls.values():
+            for job in call.jobs:
+                if job.trains in clients:
+                    job.wanted, call.until = False, min(call.until, until)
 
     def evaluate(self, tasks: Sequence[EvalTask]) -> list[EvalResult]:
-        results = dict(self._spread(tasks, _evaluate, _evaluate_failed))
-        return [results[index] for index in range(len(tasks))]
+        jobs = []
+        for task in tasks:
+            client = self._by_id.get(task.subject)
+            jobs.append(_Job(task, 1.0 + (client.num_heldout if client else 0), alone=not client))
+            self._shelf.put(task)
+        # nobody can go on without the scores; the server's shards are the longest of them
+        self._out.queue.extendleft(sorted(jobs, key=lambda job: (not job.alone, -job.cost), reverse=True))
+        waiting = deque(jobs)
+        while waiting:
+            if waiting[0].result is None:
+                self._advance(None, True)
+            else:
+                waiting.popleft()
+        return [job.result for job in jobs if job.result]
 
     def stats(self) -> list[WorkerStats]:
-        found = []
-        for slot, actor in enumerate(self._actors):
-            try:
-                found.append(ray.get(actor.stats.remote()))
-            except RayError:
-                self._actors[slot] = self._spawn()  # it died while it had nothing to do
-                found.append(ray.get(self._actors[slot].stats.remote()))
-        return found
+        return self._crew.stats([call.worker for call in self._out.calls.values()])
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._started_here and ray.is_initialized():
-            ray.shutdown()
-            self._started_here = False
+        self._out, self._shelf = _Out(), Shelf()
+        if ray.is_initialized():
+            self._crew.close()
+            if self._started_here:
+                ray.shutdown()
+        self._started_here = False
 
-    def _spread(
-        self, tasks: Sequence[Any], call: Callable[..., Any], failed: Callable[[Any, str], Any]
-    ) -> Iterator[tuple[int, Any]]:
-        """Hand tasks to free workers; yield (index of the task, result) as they finish."""
-        references: dict[bytes, Any] = {}
-        for task in tasks:
-            if task.adapter not in references:
-                references[task.adapter] = ray.put(task.adapter)
-            for patch in task.ledger:
-                if patch.id not in self._patches:
-                    self._patches[patch.id] = ray.put(patch.payload)
-        waiting = deque((index, 0) for index in range(len(tasks)))
-        idle = list(range(len(self._actors)))
-        running: dict[Any, tuple[int, int, int, float]] = {}
-        while waiting or running:
-            while waiting and idle:
-                index, tries = waiting.popleft()
-                slot = idle.pop(0)
-                task = tasks[index]
-                # references inside a list are not fetched by Ray: the worker gets those it has not seen yet
-                patches = [(patch.id, self._patches[patch.id]) for patch in task.ledger]
-                slim = replace(task, adapter=b"", ledger=())
-                reference = call(self._actors[slot], references[task.adapter], slim, patches)
-                running[reference] = (index, tries, slot, time.perf_counter())
-            done, _ = ray.wait(list(running), num_returns=1)
-            index, tries, slot, start = running.pop(done[0])
-            try:
-                result = ray.get(done[0])
-            except RayTaskError as error:
-                yield index, failed(tasks[index], f"{type(error.cause).__name__}: {error.cause}")
-            except RayError as error:
-                # the worker or its node is gone: a fresh one takes its place, and the task is tried again
-                self._actors[slot] = self._spawn()
-                if tries < self._settings.task_retries:
-                    waiting.appendleft((index, tries + 1))
-                else:
-                    yield index, failed(tasks[index], f"its worker died {tries + 1} times ({_first_line(error)})")
+    def _replies(self, timeout_s: float | None) -> Iterator[Reply]:
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        looked = -1.0
+        while True:
+            while self._out.arrived:
+                reply, payload = self._out.arrived.popleft()
+                yield reply if payload is None else replace(reply, payload=payload.tobytes())
+                now = time.monotonic()
+                if now - looked > _POLL_S and (ends is None or now < ends):
+                    looked = now
+                    self._advance(0, ends is None)
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            if not self._out.owed() or (left == 0 and looked >= 0):
+                return
+            self._advance(left, ends is None)
+            looked = time.monotonic()
+
+    def _advance(self, wait_s: float | None, together: bool) -> None:
+        """Keep the workers busy, and take in one call's results or one worker; wait at most so long for either.
+
+        Args:
+            together: tasks may share calls. Not before a deadline: nobody's answer must wait behind a client that
+                never answers.
+        """
+        now = time.monotonic()
+        for reference, call in list(self._out.calls.items()):
+            if call.until <= now:
+                self._evict(reference)
+        for worker in self._crew.tend():
+            for reference in [reference for reference, call in self._out.calls.items() if call.worker is worker]:
+                self._try_again(self._out.calls.pop(reference), "its node was lost")
+        self._hand_out(together)
+        references = [*self._out.calls, *self._crew.starting]
+        patience = min([EXAMINE_S, *(call.until - now for call in self._out.calls.values())])
+        patience = max(0.0, patience if wait_s is None else min(patience, wait_s))
+        if not references:
+            time.sleep(min(patience, 0.1))  # there is nothing to wait for until a node joins
+            return
+        for reference in ray.wait(references, num_returns=1, timeout=patience)[0]:
+            if reference in self._out.calls:
+                self._take(reference)
             else:
-                yield index, _finish(tasks[index], result, time.perf_counter() - start)
-            idle.append(slot)
+                self._crew.greet([reference])
+        self._hand_out(together)
 
-    def _spawn(self) -> Any:
-        threads = {name: str(self._threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        offline = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if name in os.environ}
-        return RayWorker.options(  # type: ignore[attr-defined]
-            num_cpus=self._settings.num_cpus,
-            num_gpus=self._settings.num_gpus,
-            runtime_env={"env_vars": threads | offline},
-        ).remote(self._config.resolved(), self._threads, self._plugins)
+    def _hand_out(self, together: bool) -> None:
+        busy = {call.worker for call in self._out.calls.values()}
+        for worker in [worker for worker in self._crew.live if worker not in busy]:
+            if not self._out.queue:
+                return
+            if self._crew.is_dead(worker):
+                self._crew.lose(worker)  # while it had nothing to do: no task has to pay for it
+                continue
+            jobs = self._next_jobs() if together else [self._out.queue.popleft()]
+            adapters = {job.task.adapter: self._shelf.adapter(job.task) for job in jobs}
+            places = {adapter: place for place, adapter in enumerate(adapters)}
+            tasks = [(replace(job.task, adapter=b"", ledger=()), places[job.task.adapter]) for job in jobs]
+            execute = worker.actor.train if jobs[0].trains else worker.actor.evaluate
+            reference = execute.remote(tasks, self._shelf.patches(jobs[0].task), *adapters.values())
+            self._out.calls[reference] = _Call(worker, jobs)
 
-    def _ask_first(self, method: str) -> Any:
+    def _next_jobs(self) -> list[_Job]:
+        """The first of the queue, and with it what can share its call."""
+        queue, first = self._out.queue, self._out.queue[0]
+        together: list[_Job] = []
+        for job in islice(queue, _LOOK_AHEAD):
+            alike = type(job.task) is type(first.task) and ledger_of(job.task) == ledger_of(first.task)
+            if together and (job.alone or not alike):
+                break
+            together.append(job)
+            if job.alone:
+                break
+        size = len(first.task.adapter) if first.trains else 0
+        costs = [job.cost for job in together]
+        count = call_size(costs, size, self._pace[type(first.task)], self.workers)
+        return [queue.popleft() for _ in range(count)]
+
+    def _take(self, reference: Any) -> None:
+        """The results of a call, or what became of it."""
+        call = self._out.calls.pop(reference)
         try:
-            return ray.get(getattr(self._actors[0], method).remote())
+            results = ray.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, FedLoRAError):
-                raise error.cause from None  # it already says what to do
-            raise
+            reason = f"{type(error.cause).__name__}: {error.cause}"
+            for job in call.jobs:
+                self._finish(job, _failed(job.task, reason, str(error)))
         except RayError as error:
-            raise ModelError(f"the first Ray worker died while it started: {_first_line(error)}") from error
-
-
-def _train(actor: Any, adapter: Any, task: TrainTask, patches: Any) -> Any:
-    return actor.train.remote(adapter, task, patches)
-
-
-def _train_failed(task: TrainTask, reason: str) -> Reply:
-    return Reply(task.client, error=reason)
-
-
-def _evaluate(actor: Any, adapter: Any, task: EvalTask, patches: Any) -> Any:
-    return actor.evaluate.remote(adapter, task, patches)
-
-
-def _evaluate_failed(task: EvalTask, reason: str) -> EvalResult:
-    return EvalResult(task.subject, 0.0, 0, 0, 0, error=reason)
-
-
-def _finish(task: TrainTask | EvalTask, result: Any, seconds: float) -> Any:
-    if isinstance(task, EvalTask):
-        return result
-    payload, error, trace = result
-    return Reply(task.client, payload, error, trace, seconds)
-
-
-def _connect(config: RunConfig) -> bool:
-    """Join a cluster, or start Ray on this machine; whether this call did either."""
-    if ray.is_initialized():
-        return False
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    main = threading.current_thread() is threading.main_thread()
-    terminate = signal.getsignal(signal.SIGTERM) if main else None
-    try:
-        if address:
-            ray.init(address=address, **quiet)
+            # the worker or its node is gone, and what it had finished is not known
+            self._crew.lose(call.worker)
+            self._try_again(call, first_line(error))
         else:
-            wanted = (config.ray.workers or 1) * config.ray.num_cpus
-            ray.init(address="local", num_cpus=max(cores(), math.ceil(wanted)), include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"no cluster answers at {address}" if address else "Ray does not start on this machine"
-        raise FedLoRAError(f"ray: {where}: {_first_line(error)}") from error
-    finally:
-        if terminate is not None:
-            signal.signal(signal.SIGTERM, terminate)  # Ray puts its own handler in place of ours
-    return True
+            trained = bool(call.jobs[0].trains)
+            seconds = sum(result[0].seconds if trained else result[1] for result in results)
+            if not call.jobs[0].alone:
+                self._pace[type(call.jobs[0].task)].learn(sum(job.cost for job in call.jobs), seconds)
+            for job, result in zip(call.jobs, results, strict=True):
+                self._finish(job, result)
+
+    def _finish(self, job: _Job, result: tuple[Any, Any]) -> None:
+        self._shelf.drop(job.task)
+        if not job.trains:
+            job.result = result[0]
+        elif job.wanted:
+            self._out.arrived.append(result)
+
+    def _try_again(self, call: _Call, reason: str) -> None:
+        """The jobs of a worker that died."""
+        for job in reversed(call.jobs):
+            job.tries, job.alone = job.tries + 1, True
+            if not job.wanted:
+                self._shelf.drop(job.task)
+            elif job.tries > self._config.ray.task_retries:
+                times = "once" if job.tries == 1 else f"{job.tries} times"
+                self._finish(job, _failed(job.task, f"its worker died {times} ({reason})"))
+            else:
+                self._out.queue.appendleft(job)
+
+    def _evict(self, reference: Any) -> None:
+        """Stop a worker over a task that was given up. Others in its call are done again, and it is not their fault."""
+        call = self._out.calls.pop(reference)
+        self._crew.lose(call.worker)
+        for job in reversed(call.jobs):
+            if job.wanted:
+                job.alone = True
+                self._out.queue.appendleft(job)
+            else:
+                self._shelf.drop(job.task)
+
+    def _cost(self, task: TrainTask) -> float:
+        client = self._by_id.get(task.client) or ClientInfo(task.client, task.plan.rank, 1)
+        return training_flops(client, task.plan, self._config.training, self._base, self._config.data.max_length)
+
+    def _ask_any(self, method: str) -> Any:
+        for worker in list(self._crew.live):
+            try:
+                return ray.get(getattr(worker.actor, method).remote())
+            except RayTaskError as error:
+                if isinstance(error.cause, FedLoRAError):
+                    raise error.cause from None  # it already says what to do
+                raise
+            except RayError:
+                self._crew.lose(worker)
+        raise FedLoRAError("every Ray worker died while the run was opened; see Ray's logs for the reason")
 
 
-def _fitting_workers(config: RunConfig) -> int:
-    """How many workers to start: as asked if the cluster can hold them, else as many as it can.
-
-    Raises:
-        ConfigError: if not one worker fits, or fewer than were asked for.
-    """
-    have = ray.cluster_resources()
-    needs = {"CPU": config.ray.num_cpus, "GPU": config.ray.num_gpus}
-    fits = min(int(have.get(name, 0) / need + 1e-9) for name, need in needs.items() if need)
-    if fits < (config.ray.workers or 1):
-        found = ", ".join(f"{have.get(name, 0):g} {name}" for name in needs)
-        raise ConfigError(
-            f"ray: {config.ray.workers or 1} workers of {needs['CPU']:g} CPU and {needs['GPU']:g} GPU do not fit"
-            f" this cluster ({found}); lower ray.workers, ray.num_cpus or ray.num_gpus"
-        )
-    return config.ray.workers or fits
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _failed(task: TrainTask | EvalTask, reason: str, trace: str | None = None) -> tuple[Any, Any]:
+    if isinstance(task, TrainTask):
+        where = f"client {task.client}, round {task.round}\n{trace}" if trace else None
+        return Reply(task.client, error=reason, traceback=where), None
+    return EvalResult(task.subject, 0.0, 0, 0, 0, error=reason), 0.0

@@ -118,7 +118,7 @@ def play(runtime: ClientRuntime, spec: Any, rounds: int) -> Iterator[Round]:
             handed = hand_out(strategy, planned, ctx, state, fresh)
             sent = encode_adapter(handed, strategy.broadcast(planned, ctx, state))
             seed = derive_seed(0, number, member.id, "train")
-            task = TrainTask(number, member.id, plan, sent, digest(sent), seed)
+            task = TrainTask(number, member.id, plan, sent, digest(sent), seed, accepted=number - 1)
             payload = runtime.train(task)
             update = decode_update(payload)
             played.tasks[member.id], played.payloads[member.id], played.updates[member.id] = task, payload, update
@@ -270,7 +270,7 @@ def test_personal_parts_survive_a_restart_and_are_scored_as_they_were_after_a_ro
         mine = own.load("c2", number + 1).personal
         by_hand = encode_adapter(AdapterState.from_tensors({**decode_adapter(sent_down).tensors(), **mine}))
         keep = frozenset(kept)
-        came = restarted.evaluate(EvalTask("c2", sent_down, keep=keep, round=number))
+        came = restarted.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=number))
         assert came.num_examples > 0
         assert came == restarted.evaluate(EvalTask("c2", by_hand))
         losses.append(came.loss)
@@ -278,8 +278,8 @@ def test_personal_parts_survive_a_restart_and_are_scored_as_they_were_after_a_ro
     assert len({*losses, received.loss}) == 3
     stranger = ClientRuntime(config.model_copy(update={"output_dir": str(tmp_path / "empty")}), 1)
     # whoever never trained, or had not yet, scores what it received
-    assert stranger.evaluate(EvalTask("c2", sent_down, keep=keep, round=2)) == received
-    assert restarted.evaluate(EvalTask("c2", sent_down, keep=keep, round=0)) == received
+    assert stranger.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=2)) == received
+    assert restarted.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=0)) == received
 
 
 def test_a_clients_own_parts_follow_its_rank(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_clients_own_parts_follow_its_rank(tmp_path: Path) -> None:
         sent = encode_adapter(fresh, extras)
         plan = replace(compose("fedsa").plan(None, runtime.members()[0], {}), rank=rank)  # type: ignore[arg-type]
         plan = replace(plan, methods=(Method.of("scaffold"),))
-        update = decode_update(runtime.train(TrainTask(number, "c0", plan, sent, digest(sent), 0)))
+        update = decode_update(runtime.train(TrainTask(number, "c0", plan, sent, digest(sent), 0, accepted=number - 1)))
         assert {name: t.shape for name, t in update.extras.items()} == {name: t.shape for name, t in extras.items()}
         own = PrivateState(tmp_path / "private", 2).load("c0", number + 1)
         assert {t.shape[1] for name, t in own.personal.items() if part_of(name) == "B"} == {rank}

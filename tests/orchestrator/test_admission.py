@@ -8,76 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapter.initial import initial_adapter
-from fedlora.adapter.wire import decode_adapter, encode_update
-from fedlora.aggregation import STRATEGIES
+from fedlora.adapter.wire import encode_update
 from fedlora.errors import RoundError
-from fedlora.protocol import ClientInfo, EvalResult, EvalTask, Reply, TrainTask
-from orchestrator.federation import Federation
+from fedlora.protocol import ClientInfo, Reply, TrainTask
 from orchestrator.rounds import play_round
 from orchestrator.state import RunState
-
-SITES = {"layer": (20, 8)}
-DENSE = {"head": torch.zeros(3)}
-MEMBERS = [ClientInfo(f"c{i}", 4, 100 + i) for i in range(5)]
-
-
-class ScriptedPool:
-    """Answers tasks with seeded deltas; one client's answer goes through ``tamper`` first."""
-
-    workers = 1
-
-    def __init__(self, tamper: Callable[[TrainTask, dict[str, Any]], bytes | None] | None = None):
-        self._tamper = tamper
-
-    def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
-        for task in tasks:
-            honest = answer(task)
-            payload = encode_update(**honest)
-            if task.client == "c2" and self._tamper:
-                payload = self._tamper(task, honest) or payload
-            yield Reply(task.client, payload)
-
-    def evaluate(self, tasks: Sequence[EvalTask]) -> list[EvalResult]:
-        return [EvalResult(task.subject, 1.0, 1, 1, 1) for task in tasks]
-
-
-def answer(task: TrainTask) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(task.seed)
-    received = decode_adapter(task.adapter).tensors()
-    delta = {name: torch.randn(t.shape, generator=generator) for name, t in received.items()}
-    registered = next(m for m in MEMBERS if m.id == task.client).num_examples
-    return {
-        "client": task.client,
-        "round": task.round,
-        "received": task.received,
-        "delta": delta,
-        "num_examples": registered,
-        "metrics": {"loss": 1.0, "tokens": 10},
-    }
-
-
-def federation(pool: Any, members: Sequence[ClientInfo] = MEMBERS, events: list[Any] | None = None) -> Federation:
-    return Federation(
-        pool=pool,
-        strategy=STRATEGIES.create("flexlora"),
-        members=members,
-        fresh=initial_adapter(SITES, DENSE, 4, 0),
-        seed=0,
-        rounds=9,
-        rank=4,
-        per_round=1.0,
-        weighting="examples",
-        max_update_norm=1e3,
-        evaluate_every=1,
-        evaluate_clients=False,
-        ledger_rank=None,
-        emit=lambda event, fields: (events if events is not None else []).append((event, dict(fields))),
-    )
-
-
-def first_state(fed: Federation) -> RunState:
-    return RunState(0, fed.fresh, {}, "config", "base")
+from tests.scripted import MEMBERS, ScriptedPool, federation, first_state
 
 
 def after_round(tamper: Any = None, members: Sequence[ClientInfo] = MEMBERS) -> RunState:
@@ -150,19 +86,20 @@ def test_a_bad_update_is_refused_with_its_reason_and_the_adapter_is_that_of_the_
 
 def test_a_second_answer_in_one_round_is_refused_and_the_first_stands() -> None:
     class Twice(ScriptedPool):
-        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
             for reply in super().train(tasks):
                 yield from (reply, reply)
 
     once, twice = (play_round(federation(p), first_state(federation(p))) for p in (ScriptedPool(), Twice()))
     assert twice.row is not None
-    assert len(twice.row["refused"]) == 5
+    assert len(twice.row["refused"]) == 4  # the round is over with the fifth answer
+    assert set(twice.row["refused"].values()) == {"answered twice; the first answer stands"}
     assert all(torch.equal(t, twice.adapter.tensors()[n]) for n, t in once.adapter.tensors().items())
 
 
 def test_an_answer_nobody_asked_for_is_refused() -> None:
     class Stranger(ScriptedPool):
-        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
             for reply in super().train(tasks):
                 yield replace(reply, client="mallory") if reply.client == "c2" else reply
 
@@ -174,7 +111,7 @@ def test_an_answer_nobody_asked_for_is_refused() -> None:
 
 def test_a_round_without_a_usable_update_changes_nothing_and_three_in_a_row_end_the_run() -> None:
     class Broken(ScriptedPool):
-        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
             yield from (Reply(task.client, error="out of memory") for task in tasks)
 
     fed = federation(Broken())
@@ -190,7 +127,7 @@ def test_a_round_without_a_usable_update_changes_nothing_and_three_in_a_row_end_
 
 def test_the_order_of_arrival_changes_nothing() -> None:
     class Backwards(ScriptedPool):
-        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
             yield from reversed(list(super().train(tasks)))
 
     forwards, backwards = (play_round(federation(p), first_state(federation(p))) for p in (ScriptedPool(), Backwards()))
@@ -211,7 +148,7 @@ def test_playing_a_round_leaves_the_state_it_came_from_untouched() -> None:
 
 def test_clients_of_one_rank_share_one_payload() -> None:
     class Watching(ScriptedPool):
-        def train(self, tasks: Sequence[TrainTask]) -> Iterator[Reply]:
+        def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
             assert len({id(task.adapter) for task in tasks}) == 2
             yield from super().train(tasks)
 

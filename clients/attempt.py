@@ -1,0 +1,52 @@
+"""One task on a runtime, whatever comes of it: how every pool executes clients."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fedlora.config import RunConfig
+from fedlora.errors import FedLoRAError
+from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
+
+
+class Runtime(Protocol):
+    """What a worker needs of whatever trains: ``clients.runtime.ClientRuntime``, or one that only pretends to."""
+
+    def members(self) -> Sequence[ClientInfo]:
+        """Every client of the run."""
+        ...
+
+    def base(self) -> BaseInfo:
+        """The base model, loaded by the first call that needs it."""
+        ...
+
+    def train(self, task: TrainTask) -> bytes:
+        """Wire bytes of the client's update."""
+        ...
+
+    def evaluate(self, task: EvalTask) -> EvalResult:
+        """Score an adapter."""
+        ...
+
+    def stats(self) -> WorkerStats:
+        """What this process has used."""
+        ...
+
+
+OpenRuntime = Callable[[RunConfig, int], Runtime]  # from a configuration and torch threads; importable by its name
+
+
+def attempt(runtime: Runtime, task: TrainTask) -> Reply:
+    """The client's answer; an exception is an answer too, with its traceback where it is not one of ours."""
+    start = time.perf_counter()
+    try:
+        payload = runtime.train(task)
+    except FedLoRAError as error:
+        return Reply(task.client, error=str(error), seconds=time.perf_counter() - start)
+    except Exception as error:  # noqa: BLE001 - one client's failure must not end the run
+        trace = f"client {task.client}, round {task.round}\n{traceback.format_exc()}"
+        return Reply(task.client, None, f"{type(error).__name__}: {error}", trace, time.perf_counter() - start)
+    return Reply(task.client, payload, seconds=time.perf_counter() - start)

@@ -1,0 +1,137 @@
+"""What comes back in a round: every answer is admitted, refused or a failure. A bad one costs itself only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fedlora.aggregation.base import Contribution
+from fedlora.aggregation.cohort import Pending
+from fedlora.aggregation.combine import apply_delta
+from fedlora.errors import UpdateRefused
+from fedlora.protocol import ClientUpdate, Reply
+from orchestrator.admission import Expectation, admit
+from orchestrator.failpoints import reach
+from orchestrator.federation import Federation
+from orchestrator.flights import Flight
+from orchestrator.spool import Spool
+
+
+@dataclass(frozen=True, eq=False)
+class Used:
+    """An admitted update, waiting in the round's spool, and what its client measured."""
+
+    update: Pending
+    metrics: Mapping[str, float]
+    flight: Flight
+    seconds: float
+
+
+class Inbox:
+    """Answers of one round."""
+
+    def __init__(self, fed: Federation, number: int):
+        self._fed, self.number = fed, number
+        self._used: dict[str, Used] = {}
+        self._spool = Spool()
+        self.refused: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.late: dict[str, str] = {}
+        self.bytes_up = 0
+
+    @property
+    def admitted(self) -> set[str]:
+        """Clients whose update can be used."""
+        return set(self._used)
+
+    @property
+    def answered(self) -> set[str]:
+        """Clients that need not be waited for any more."""
+        return {*self._used, *self.refused, *self.failed}
+
+    def take(self, reply: Reply, expected: Expectation | None, flight: Flight | None) -> None:
+        """Sort one reply in.
+
+        Args:
+            expected, flight: what the client was asked; None where it was not.
+        """
+        reach("round.answered", self.number)
+        if reply.payload is None:
+            self.fail(reply.client, reply.error or "no answer", reply.traceback)
+            return
+        self.bytes_up += len(reply.payload)
+        try:
+            if reply.client in self._used or reply.client in self.refused:
+                raise UpdateRefused("answered twice; the first answer stands")
+            if expected is None or flight is None:
+                raise UpdateRefused("was not asked in this round")
+            update = admit(reply.payload, expected)
+        except UpdateRefused as error:
+            self.refused.setdefault(reply.client, str(error))
+            self._emit("update_refused", reply.client, {"reason": str(error)})
+            return
+        weight = float(update.num_examples) if self._fed.weighting == "examples" else 1.0
+        staleness = self.number - flight.round
+        load = partial(_contribution, expected, weight, staleness, self._spool.put(reply.payload, update))
+        seconds = reply.seconds if flight.due_s is None else flight.due_s - flight.given_s
+        self._used[reply.client] = Used(Pending(expected.client, weight, load), update.metrics, flight, seconds)
+        facts = {"bytes": update.wire_bytes, "seconds": seconds, "metrics": dict(update.metrics)}
+        self._emit("update_admitted", reply.client, facts | ({"staleness": staleness} if staleness else {}))
+
+    def fail(self, client: str, reason: str, traceback: str | None = None) -> None:
+        """A client that will not answer."""
+        self.failed[client] = reason
+        self._emit("client_failed", client, {"reason": reason, "traceback": traceback})
+
+    def miss(self, client: str, reason: str) -> None:
+        """A client whose answer comes too late for this round."""
+        self.late[client] = reason
+        self._emit("update_late", client, {"reason": reason})
+
+    def used(self) -> list[Used]:
+        """What was admitted, in member order, whatever the order of arrival."""
+        return [self._used[member.id] for member in self._fed.members if member.id in self._used]
+
+    def _emit(self, event: str, client: str, facts: Mapping[str, Any]) -> None:
+        self._fed.emit(event, {"round": self.number, "client": client, **facts})
+
+
+def describe(inbox: Inbox) -> dict[str, Any]:
+    """The part of a round's metrics row that tells how the answers came in."""
+    used = inbox.used()
+    tokens, dropped = (int(sum(u.metrics.get(name, 0) for u in used)) for name in ("tokens", "dropped_rows"))
+    ages = Counter(inbox.number - u.flight.round for u in used)
+    return {
+        "admitted": [u.update.client.id for u in used],
+        "refused": inbox.refused,
+        "failed": inbox.failed,
+        "late": inbox.late,
+        "bytes_up": inbox.bytes_up,
+        "train_tokens": tokens,
+        "dropped_rows": dropped,
+        "train": weighted_metrics(used),
+        "staleness": {str(age): ages[age] for age in sorted(ages)},
+    }
+
+
+def weighted_metrics(used: Sequence[Used]) -> dict[str, float] | None:
+    """Mean training losses, by the weight of the updates."""
+    if not used:
+        return None
+    total = sum(u.update.weight for u in used)
+    names = ("loss", "first_loss")
+    return {name: sum(u.update.weight * u.metrics.get(name, 0.0) for u in used) / total for name in names}
+
+
+def _contribution(
+    expected: Expectation, weight: float, staleness: int, read: Callable[[], ClientUpdate]
+) -> Contribution:
+    """An update that was admitted and has waited in the spool, as the strategy sees it."""
+    update = read()
+    trained = apply_delta(expected.received, update.delta)
+    return Contribution(
+        expected.client, weight, trained, expected.received, update.metrics, update.extras, staleness=staleness
+    )

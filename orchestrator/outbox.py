@@ -1,0 +1,126 @@
+"""What goes out in a round: clients are chosen, planned for and sent the adapter at their rank."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState
+from fedlora.adapter.wire import decode_parcel, digest, encode_adapter
+from fedlora.aggregation.base import RoundContext
+from fedlora.aggregation.combine import hand_out
+from fedlora.errors import ConfigError
+from fedlora.protocol import ClientInfo, TrainPlan, TrainTask
+from fedlora.seeds import derive_seed
+from orchestrator.admission import Expectation
+from orchestrator.failpoints import reach
+from orchestrator.federation import Federation
+from orchestrator.fleet import examples_of
+from orchestrator.flights import Flight
+from orchestrator.selection import Draw
+from orchestrator.state import RunState
+
+
+class Outbox:
+    """Gives out tasks of one round. Clients with equal plans share one encoded payload."""
+
+    def __init__(self, fed: Federation, state: RunState, ctx: RoundContext):
+        self._fed, self._state, self._ctx = fed, state, ctx
+        self._payloads: dict[str, bytes] = dict(state.payloads)
+        self._decoded: dict[str, tuple[AdapterState, dict[str, Tensor]]] = {}
+        self._planned: dict[TrainPlan, str] = {}
+        self._expected: dict[tuple[int, str], Expectation] = {}
+        self._members = {member.id: member for member in fed.members}
+        self._patches = state.ledger.patches()
+        self.given: list[Flight] = []
+        self.bytes_down = 0
+
+    def choose(self, count: int, busy: Collection[str], now_s: float, turn: int = 0) -> list[ClientInfo]:
+        """Whom to ask, in member order: a draw among those who are there and have nothing out, and who is required.
+
+        Args:
+            count: how many to draw.
+            busy: ids that must not be asked.
+            now_s: virtual time; without a simulated fleet everyone is always there.
+            turn: tells the draws of one round apart.
+        """
+        fed, fleet = self._fed, self._fed.fleet
+        free = [member for member in fed.members if member.id not in busy]
+        there = [member for member in free if fleet is None or fleet.is_online(member.id, now_s)]
+        if not there:
+            return []
+        seed = derive_seed(fed.seed, self._ctx.round, str(turn) if turn else "", "selection")
+        draw = Draw(self._ctx.round, seed, count, len(fed.members), self._state.records)
+        drawn = set(fed.selector.select(there, draw))
+        required = () if turn else fed.strategy.required
+        return [member for member in free if member.id in drawn or member.id in required]
+
+    def give(self, clients: Sequence[ClientInfo], now_s: float) -> list[Flight]:
+        """A flight per client, due where a fleet is simulated."""
+        reach("round.selected", self._ctx.round)
+        flights = [self._flight(client, now_s) for client in clients]
+        self.given += flights
+        for flight in flights:
+            missing = self._state.ledger.missing(self._state.caught_up.get(flight.client, ""))
+            self.bytes_down += len(self._payloads[flight.received]) + sum(len(patch.payload) for patch in missing)
+        reach("round.planned", self._ctx.round)
+        return flights
+
+    def task(self, flight: Flight) -> TrainTask:
+        """The whole task of a flight, of this round or of one before."""
+        return self.expectation(flight).task
+
+    def expectation(self, flight: Flight) -> Expectation:
+        """What the answer to a flight must look like."""
+        key = flight.round, flight.client
+        if key not in self._expected:
+            payload, patches = self._payloads[flight.received], self._patches[: flight.patches]
+            which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
+            task = TrainTask(*which, patches, flight.accepted)
+            client = _at_rank(self._members[flight.client], flight.plan.rank)
+            received, extras = self._decode(flight.received)
+            self._expected[key] = Expectation(client, task, received, self._fed.max_update_norm, extras)
+        return self._expected[key]
+
+    def payloads(self, flights: Sequence[Flight]) -> dict[str, bytes]:
+        """Those that these flights refer to."""
+        wanted = {flight.received for flight in flights}
+        return {key: payload for key, payload in sorted(self._payloads.items()) if key in wanted}
+
+    def _flight(self, client: ClientInfo, now_s: float) -> Flight:
+        fed, ctx, state = self._fed, self._ctx, self._state
+        plan = fed.strategy.plan(ctx, client, state.strategy)
+        if leaking := plan.send & plan.keep:
+            raise ConfigError(f"strategy: {fed.strategy.name} plans to send {sorted(leaking)}, which it calls personal")
+        received = self._payload(client, plan)
+        seed = derive_seed(fed.seed, ctx.round, client.id, "train")
+        accepted = state.accepted.get(client.id, 0)
+        flight = Flight(ctx.round, client.id, plan, received, seed, len(self._patches), accepted, now_s)
+        if fed.fleet is None or fed.fleet.drops_out(client.id, ctx.round):
+            return flight
+        down, up = len(self._payloads[received]), self.expectation(flight).num_bytes
+        examples = examples_of(client.num_examples, fed.training)
+        return replace(flight, due_s=now_s + fed.fleet.seconds(client.id, ctx.round, examples, down, up))
+
+    def _payload(self, client: ClientInfo, plan: TrainPlan) -> str:
+        """SHA-256 of what this client is sent."""
+        if plan not in self._planned:
+            fed, ctx, state = self._fed, self._ctx, self._state
+            client = _at_rank(client, plan.rank)
+            handed = hand_out(fed.strategy, client, ctx, state.strategy, fed.fresh)
+            payload = encode_adapter(handed, fed.strategy.broadcast(client, ctx, state.strategy))
+            self._planned[plan] = digest(payload)
+            self._payloads[self._planned[plan]] = payload
+        return self._planned[plan]
+
+    def _decode(self, received: str) -> tuple[AdapterState, Mapping[str, Tensor]]:
+        # what the client decodes, not what was encoded, is what its delta refers to
+        if received not in self._decoded:
+            self._decoded[received] = decode_parcel(self._payloads[received])
+        return self._decoded[received]
+
+
+def _at_rank(client: ClientInfo, rank: int) -> ClientInfo:
+    return client if client.rank == rank else replace(client, rank=rank)
