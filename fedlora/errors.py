@@ -55,6 +55,18 @@ class QuorumError(RoundError):
     """A rule cannot work with the updates a round delivered. Costs the round, not the run."""
 
 
+class LeaseHeld(FedLoRAError):
+    """Another process plays the run."""
+
+    exit_code = 7
+
+
+class LeaseLost(FedLoRAError):
+    """This process no longer owns the run, and must not write to its folder."""
+
+    exit_code = 7
+
+
 class RunInterrupted(FedLoRAError):
     """The user stopped the run; it can be resumed."""
 

@@ -29,7 +29,7 @@ strategies_app = typer.Typer(help="Look at strategies, and check your own.", no_
 app.add_typer(strategies_app, name="strategies")
 
 ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, such as configs/quickstart.yaml")]
-RunPath = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart")]
+RunPlace = Annotated[str, typer.Argument(help="a run folder, such as runs/quickstart, or the URL of one")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; repeatable")]
 PluginPaths = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="FILE", help="a Python file that registers more; repeatable")
@@ -54,11 +54,56 @@ def run(
 
 
 @app.command()
-def resume(folder: RunPath, as_json: AsJson = False) -> None:
+def resume(run: RunPlace, as_json: AsJson = False) -> None:
     """Go on with a run from its last commit."""
     from orchestrator import launch
 
-    _play(lambda listen: launch.resume(folder, listen), str(folder), as_json)
+    _play(lambda listen: launch.resume(run, listen), run, as_json)
+
+
+@app.command("watch")
+def watch_run(
+    run: Annotated[str, typer.Argument(help="a run folder, or with a Redis server a run's name or id")],
+    redis: Annotated[
+        str | None, typer.Option(envvar="FEDLORA_REDIS", help="redis://host:port/0, where the run tells its events")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a run that goes on elsewhere until it ends; the exit code is that of the run."""
+    from orchestrator.console import JsonScreen, Screen, print_summary
+    from orchestrator.watch import open_source, watch
+
+    source = open_source(run, redis)
+    screen: JsonScreen | Screen = JsonScreen() if as_json else Screen()
+    with screen:
+        code, last = watch(source, screen)
+    if isinstance(screen, Screen):
+        if code == 0 and (summary := source.summary()):
+            print_summary(screen.console, summary, run)
+        else:
+            _print("finished" if code == 0 else f"{last['event'].removeprefix('run_')}: {last['reason']}")
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the cluster's dashboard")
+    ] = "http://127.0.0.1:8265",
+    follow: Annotated[bool, typer.Option(help="show the log, and submit the job again if it dies")] = True,
+    retries: Annotated[int, typer.Option(min=0, help="how often a job that died is submitted again")] = 3,
+) -> None:
+    """Run a configuration as a job of a Ray cluster, from a copy of this folder. Repeat the command to go on."""
+    from orchestrator.submit import prepare
+    from orchestrator.submit import submit as hand_in
+
+    order = prepare(config, overrides or [], Path.cwd())
+    code = hand_in(order, address, _print, lambda text: typer.echo(text, nl=False), follow, retries)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -108,6 +153,7 @@ def validate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
     from fedlora.config import load_config
 
     settings = load_config(config, overrides or [])
+    from orchestrator.budget import budget_lines
     from orchestrator.validate import validate as check
 
     facts, problems = check(settings)
@@ -115,7 +161,9 @@ def validate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
         _print(json.dumps({"facts": facts, "problems": [str(problem) for problem in problems]}))
     else:
         for name, value in facts.items():
-            _print(f"{name:<10}{value}")
+            lines = budget_lines(value) if name == "budget" else [value]
+            for title, line in zip([name, *[""] * len(lines)], lines, strict=False):
+                _print(f"{title:<10}{line}")
         for problem in problems:
             typer.echo(f"error: {problem}", err=True)
         if not problems:
@@ -126,14 +174,15 @@ def validate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
 
 @app.command("eval")
 def evaluate(
-    folder: RunPath,
+    run: RunPlace,
     data: Annotated[str, typer.Option(help="a JSONL, CSV or Parquet file in the form the run was trained on")],
     as_json: AsJson = False,
 ) -> None:
     """Score a run's adapter on a file of rows."""
     from orchestrator.artifacts import open_run, score
+    from orchestrator.stores.remote import localised
 
-    opened = open_run(folder)
+    opened = open_run(localised(run))
     result = score(opened, data)
     metric = "accuracy" if opened.labels else "exact match"
     if as_json:
@@ -150,15 +199,16 @@ def evaluate(
 
 @app.command()
 def export(
-    folder: RunPath,
+    run: RunPlace,
     to: Annotated[Path, typer.Option(help="a new or empty folder")],
     merge: Annotated[bool, typer.Option(help="fold the adapter into the weights and write the whole model")] = False,
 ) -> None:
     """Write the adapter as a PEFT directory, or the merged model; the logits are compared before it says done."""
     from orchestrator.artifacts import export as write
     from orchestrator.artifacts import open_run
+    from orchestrator.stores.remote import localised
 
-    difference = write(open_run(folder), to, merge)
+    difference = write(open_run(localised(run)), to, merge)
     kind = "merged model" if merge else "PEFT adapter"
     _print(f"{kind} written to {to}; largest difference of a logit {difference:.1e}")
 
@@ -185,14 +235,16 @@ def list_runs(
 
 
 @runs_app.command("show")
-def show_run(folder: RunPath, as_json: AsJson = False) -> None:
+def show_run(run: RunPlace, as_json: AsJson = False) -> None:
     """One run: its summary and its rounds."""
     from rich.console import Console
 
     from orchestrator.console import print_summary
     from orchestrator.runs import describe
     from orchestrator.stores.files import read_json, read_lines
+    from orchestrator.stores.remote import localised
 
+    folder = localised(run)
     row = describe(folder)
     metrics = read_lines(folder / "metrics.jsonl")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}

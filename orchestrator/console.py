@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from orchestrator.units import human_bytes
+from orchestrator.units import duration, human_bytes
 
 
 class JsonScreen:
@@ -76,8 +76,30 @@ class Screen:
     def _on_ranks_equalised(self, fields: Mapping[str, Any]) -> None:
         self._say(f"{fields['strategy']} needs equal ranks: every client trains at the smallest, rank {fields['rank']}")
 
+    def _on_copy_failed(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"[yellow]not copied[/] after round {fields['round']}: {escape(fields['reason'])}; tried again later")
+
+    def _on_fleet(self, fields: Mapping[str, Any]) -> None:
+        speed, band = fields["examples_per_s"], fields["mbit_per_s"]
+        self._say(
+            f"simulated devices: {speed['slowest']:.3g} to {speed['fastest']:.3g} examples/s (median"
+            f" {speed['median']:.3g}), {band['slowest']:.3g} to {band['fastest']:.3g} Mbit/s; times are virtual"
+        )
+
     def _on_attackers(self, fields: Mapping[str, Any]) -> None:
         self._say(f"[yellow]attack:[/] {escape(describe_attack(fields['attack'], fields['clients']))}")
+
+    def _on_store_down(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"[yellow]{escape(fields['url'])} does not answer;[/] the run goes on, its folder is all it needs")
+
+    def _on_store_up(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"{escape(fields['url'])} answers again")
+
+    def _on_run_silent(self, fields: Mapping[str, Any]) -> None:
+        self._say("[yellow]nobody plays this run now;[/] waiting until somebody resumes it (Ctrl-C stops the waiting)")
+
+    def _on_pool_starting(self, fields: Mapping[str, Any]) -> None:
+        self._say("starting Ray ...")
 
     def _on_run_resumed(self, fields: Mapping[str, Any]) -> None:
         self._say(f"resuming after round {fields['round']}")
@@ -94,7 +116,7 @@ class Screen:
         self._progress.update(
             self._clients,
             description=f"round {fields['round']}",
-            total=len(fields["selected"]),
+            total=fields["wanted"],
             completed=0,
             visible=True,
         )
@@ -107,6 +129,9 @@ class Screen:
 
     def _on_client_failed(self, fields: Mapping[str, Any]) -> None:
         self._incident("failed", fields)
+
+    def _on_update_late(self, fields: Mapping[str, Any]) -> None:
+        self._incident("late", fields)
 
     def _incident(self, what: str, fields: Mapping[str, Any]) -> None:
         self._progress.advance(self._clients)
@@ -126,9 +151,11 @@ class Screen:
         if fields["clients"]:
             spread = fields["clients"]["accuracy"]
             line += f"  clients {spread['worst']:.2f} / {spread['median']:.2f} / {spread['best']:.2f}"
-        lost = len(fields["refused"]) + len(fields["failed"])
+        lost = len(fields["refused"]) + len(fields["failed"]) + len(fields["late"])
         line += f"  [yellow]not used:[/] {escape(fields['problem'])}" if fields.get("problem") else ""
         line += f"  {len(fields['admitted'])} of {len(fields['selected'])} updates" if lost else ""
+        if fields["clock_s"] is not None:
+            line += f"  at {duration(fields['clock_s'])} of virtual time"
         self._say(f"{line}  {sum(fields['seconds'].values()):.1f} s")
         if fields["dropped_rows"] and fields["round"] == 1:
             self._say(f"[yellow]{fields['dropped_rows']} rows[/] have no token to learn from within data.max_length")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,35 @@ from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, FedLoRAError, RunFolderError, RunInterrupted
+from fedlora.errors import ConfigError, FedLoRAError, LeaseLost, RunFolderError, RunInterrupted
 from fedlora.plugins import Plugin, line_in, load_plugins, read_plugin
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, WorkerStats
 from fedlora.training.builtin import resolve
 from fedlora.training.model import TASK_TYPES, check_rank
+from orchestrator.announce import Announcer
 from orchestrator.checkpoint import commit, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
+from orchestrator.fleet import Fleet
+from orchestrator.lease import Lease, hold, refuse_if_held
 from orchestrator.pools import open_pool
 from orchestrator.report import write_report
 from orchestrator.rounds import play_round
 from orchestrator.scoring import evaluate_global
+from orchestrator.selection import build_selector
 from orchestrator.soundness import check_strategy
 from orchestrator.state import RunState
-from orchestrator.stores.files import JsonLines, open_folder, read_config, read_json, read_lines, write_json, writing
+from orchestrator.stores.files import (
+    JsonLines,
+    check_output,
+    open_folder,
+    read_config,
+    read_json,
+    read_lines,
+    write_json,
+    writing,
+)
+from orchestrator.stores.remote import Mirror, is_url
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 
@@ -68,42 +83,118 @@ def run(config: RunConfig, listen: Listener, overwrite: bool = False) -> dict[st
     compose(config.strategy)  # a misspelt name touches no folder
     if config.attack:
         build(config.attack)
-    folder, present = open_folder(config, overwrite)
+    folder, mirror = _open(config.output_dir)
+    config = config.model_copy(update={"output_dir": str(folder)})
+    try:
+        present = check_output(config, overwrite)
+    except RunFolderError:
+        refuse_if_held(folder)  # somebody is just preparing it, or replaces it
+        raise
     if present:
-        return resume(folder, listen)
-    return _play(config, folder, None, listen)
+        return _go_on(config, folder, listen, mirror)
+    with _hold(config, folder, mirror) as lease:
+        if open_folder(config, overwrite):
+            return _go_on(config, folder, listen, mirror, lease)
+        return _play(config, folder, None, listen, lease, mirror)
 
 
-def resume(folder: Path, listen: Listener) -> dict[str, Any]:
+def resume(place: Path | str, listen: Listener) -> dict[str, Any]:
     """Go on from the last commit; a finished run just gives its summary again.
+
+    Args:
+        place: a run folder, or the URL of one.
 
     Raises:
         RunFolderError: not a run folder, or no usable checkpoint.
+        LeaseHeld: another process plays it.
     """
-    config = read_config(folder)
+    folder, mirror = _open(str(place))
+    return _go_on(read_config(folder), folder, listen, mirror)
+
+
+def _open(place: str) -> tuple[Path, Mirror | None]:
+    """The folder a run is played in, and what copies it to where it belongs."""
+    if not is_url(place):
+        return Path(place), None
+    mirror = Mirror(place)
+    refuse_if_held(mirror.folder)
+    mirror.fetch()
+    return mirror.folder, mirror
+
+
+def _go_on(
+    config: RunConfig, folder: Path, listen: Listener, mirror: Mirror | None, lease: Lease | None = None
+) -> dict[str, Any]:
+    if summary := _finished_summary(config, folder):  # takes no lease and writes nothing
+        if edited := _edited_plugins(config, folder):
+            listen("plugins_changed", {"files": edited, "round": config.rounds})
+        listen("already_finished", {"folder": str(folder)})
+        return summary
+    if lease is None:
+        with _hold(config, folder, mirror) as lease:
+            return _go_on(config, folder, listen, mirror, lease)
     state, problems = load_latest(folder)
     for problem in problems:
         listen("checkpoint_damaged", {"reason": problem, "round": state.round if state else 0})
     if state is not None and state.config_sha256 != config.sha256():
         raise RunFolderError(f"{folder}: config.yaml was changed since the run started; restore it, or start a new run")
-    finished = state is not None and state.round >= config.rounds
-    if finished and not problems and (folder / "summary.json").exists():
-        summary: dict[str, Any] = read_json(folder / "summary.json")
-        if summary.get("status") == "finished":
-            if edited := _edited_plugins(config, folder):
-                listen("plugins_changed", {"files": edited, "round": config.rounds})
-            listen("already_finished", {"folder": str(folder)})
-            return summary
-    return _play(config, folder, state, listen)
+    return _play(config, folder, state, listen, lease, mirror)
 
 
-def _play(config: RunConfig, folder: Path, state: RunState | None, listen: Listener) -> dict[str, Any]:
+def _finished_summary(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has finished and whose last checkpoint is sound."""
+    path = folder / "summary.json"
+    summary: dict[str, Any] = read_json(path) if path.exists() else {}
+    if summary.get("status") != "finished":
+        return None
+    state, problems = load_latest(folder)
+    whole = state is not None and state.round >= config.rounds and state.config_sha256 == config.sha256()
+    return summary if whole and not problems else None
+
+
+def _play(
+    config: RunConfig, folder: Path, state: RunState | None, listen: Listener, lease: Lease, mirror: Mirror | None
+) -> dict[str, Any]:
+    """One session. However it ends, what is in the folder is copied to where it belongs."""
+    try:
+        summary = _session(config, folder, state, listen, lease, mirror)
+    except LeaseLost:
+        raise
+    except FedLoRAError:
+        if mirror:
+            with contextlib.suppress(RunFolderError):
+                mirror.publish(everything=True)
+        raise
+    if mirror:
+        mirror.publish(everything=True)
+    return summary
+
+
+def _session(
+    config: RunConfig, folder: Path, state: RunState | None, listen: Listener, lease: Lease, mirror: Mirror | None
+) -> dict[str, Any]:
     plugins, edited = load_plugins(config.plugins), _edited_plugins(config, folder)
     journal, metrics = JsonLines(folder / "journal.jsonl"), JsonLines(folder / "metrics.jsonl")
 
+    announce = Announcer(lease, config, mirror.url if mirror else str(folder.resolve()))
+    mark = partial(_mark, folder, lease, announce)
+
     def emit(event: str, fields: Mapping[str, Any]) -> None:
-        journal.append(_stamped(event, fields))
+        record = _stamped(event, fields)
+        journal.append(record)
+        announce(record)
         listen(event, fields)
+
+    def store(state: RunState) -> None:
+        for event, fields in lease.news():
+            emit(event, fields)
+        lease.check()
+        commit(folder, state, config.keep_checkpoints)
+        if mirror:
+            try:
+                mirror.publish()
+            except RunFolderError as error:  # the next commit tries again
+                emit("copy_failed", {"round": state.round, "reason": str(error)})
 
     began = time.perf_counter() - (state.totals.wall_s if state else 0.0)
     try:
@@ -111,53 +202,57 @@ def _play(config: RunConfig, folder: Path, state: RunState | None, listen: Liste
             emit("run_opened" if state is None else "run_resumed", _facts(config, state, plugins))
             if state is not None and edited:
                 emit("plugins_changed", {"files": edited, "round": state.round})
+            if config.pool == "ray":
+                emit("pool_starting", {"pool": config.pool})
             with closing(open_pool(config)) as pool:
                 fed, base = _federation(config, pool, emit)
                 _write_members(folder, fed.members, base)
                 if state is None:
                     state = _first_state(config, fed, base)
-                    commit(folder, state, config.keep_checkpoints)
+                    store(state)
                 _check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
                 facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
                 fed.emit("run_started", facts | {"clients": describe_members(fed.members)})
                 while state.round < config.rounds:
-                    state = _commit_round(fed, state, config, folder, metrics, began)
+                    state = _commit_round(fed, state, store, metrics, began)
+                lease.check()
                 return _finish(config, folder, state, fed, base, began)
     except KeyboardInterrupt:
         with contextlib.suppress(FedLoRAError):
             state = load_latest(folder)[0]  # a stop may fall between a commit and our hearing of it
         done = state.round if state else 0
-        _mark(folder, "interrupted", f"stopped by the user after round {done}")
+        mark("interrupted", f"stopped by the user after round {done}", RunInterrupted.exit_code)
         raise RunInterrupted(
             f"stopped; {done} of {config.rounds} rounds are committed. Go on with: fedlora resume {folder}"
         ) from None
     except FedLoRAError as error:
-        _mark(folder, "failed", str(error))
+        mark("failed", str(error), error.exit_code)
         raise
     except Exception as error:
         found = [(plugin.path, where) for plugin in plugins if (where := line_in(error, plugin.path))]
         if not found:
-            _mark(folder, "failed", f"{type(error).__name__}: {error}")
+            mark("failed", f"{type(error).__name__}: {error}", 1)
             raise
         path, where = found[0]
         told = f"plugins: {path}, {where} raised {type(error).__name__}: {error}; try fedlora strategies check {path}"
-        _mark(folder, "failed", told)
+        mark("failed", told, ConfigError.exit_code)
         raise ConfigError(told) from error
 
 
 def _commit_round(
-    fed: Federation, state: RunState, config: RunConfig, folder: Path, metrics: JsonLines, began: float
+    fed: Federation, state: RunState, store: Callable[[RunState], None], metrics: JsonLines, began: float
 ) -> RunState:
     """One round, made durable before anybody hears of it."""
     state = play_round(fed, state)
     start = time.perf_counter()
     state = replace(state, totals=replace(state.totals, wall_s=start - began))
-    commit(folder, state, config.keep_checkpoints)
+    store(state)
     assert state.row is not None
     metrics.append(dict(state.row))
     reach("commit.logged", state.round)
     fed.emit("round_committed", {**state.row, "commit_s": time.perf_counter() - start})
+    reach("commit.told", state.round)
     return state
 
 
@@ -194,7 +289,13 @@ def _federation(config: RunConfig, pool: ClientPool, emit: Listener) -> tuple[Fe
         evaluate_clients=config.evaluation.per_client,
         ledger_rank=config.ledger.max_rank,
         emit=emit,
+        selector=build_selector(config.clients.selection),
+        schedule=config.schedule,
+        training=config.training,
+        fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
     )
+    if fed.fleet:
+        emit("fleet", fed.fleet.describe())
     return fed, base
 
 
@@ -229,6 +330,7 @@ def _finish(
     config: RunConfig, folder: Path, state: RunState, fed: Federation, base: BaseInfo, began: float
 ) -> dict[str, Any]:
     weights = export_adapter(state, config, base.task, folder / "adapter")
+    reach("finish.exported", state.round)
     stats = fed.pool.stats()
     summary = {
         "status": "finished",
@@ -244,6 +346,7 @@ def _finish(
         "bytes_up": state.totals.bytes_up,
         "bytes_down": state.totals.bytes_down,
         "wall_s": round(time.perf_counter() - began, 3),
+        "clock_s": round(state.clock_s, 3) if fed.fleet else None,
         "seconds": {phase: round(value, 3) for phase, value in state.totals.seconds.items()},
         "train_tokens": state.totals.train_tokens,
         "peak_rss_mb": round(peak_rss_mb(stats), 1),
@@ -257,6 +360,7 @@ def _finish(
         "workers": [asdict(worker) for worker in stats],
     }
     write_json(folder / "summary.json", summary)
+    reach("finish.summarised", state.round)
     fed.emit("run_finished", {"final": state.last, "adapter_sha256": summary["adapter_sha256"]})
     write_report(folder)
     return summary
@@ -359,12 +463,23 @@ def _write_members(folder: Path, members: Sequence[ClientInfo], base: BaseInfo) 
     write_json(folder / "labels.json", list(base.labels))
 
 
-def _mark(folder: Path, status: str, reason: str) -> None:
-    """Say in the run folder how the session ended; the reason for it must not be hidden by a full disk."""
+def _hold(config: RunConfig, folder: Path, mirror: Mirror | None) -> contextlib.AbstractContextManager[Lease]:
+    redis = config.store.redis or os.environ.get("FEDLORA_REDIS")
+    return hold(folder, redis, config.store.lease_s, mirror.url if mirror else None)
+
+
+def _mark(folder: Path, lease: Lease, announce: Announcer, status: str, reason: str, exit_code: int) -> None:
+    """Say in the run folder how the session ended; the reason for it must not be hidden by a full disk.
+
+    Whoever lost the lease says nothing: the folder is somebody else's.
+    """
     event = "run_interrupted" if status == "interrupted" else "run_failed"
     with contextlib.suppress(FedLoRAError):
+        lease.check()
+        record = _stamped(event, {"reason": reason, "exit_code": exit_code})
         with closing(JsonLines(folder / "journal.jsonl")) as journal:
-            journal.append(_stamped(event, {"reason": reason}))
+            journal.append(record)
+        announce(record)
         write_json(folder / "summary.json", {"status": status, "reason": reason})
         write_report(folder)
 

@@ -31,6 +31,7 @@ from orchestrator.units import duration, human_bytes
 _INCIDENTS = {
     "update_refused": "refused",
     "client_failed": "failed",
+    "update_late": "late",
     "run_resumed": "resumed",
     "run_interrupted": "interrupted",
 }
@@ -165,6 +166,8 @@ def _key_figures(run: _Run) -> str:
         ("Peak memory", or_dash(end.get("peak_rss_mb"), "{:,.0f} MB".format), "resident"),
         ("Base model", integer(base.get("parameters")), f"parameters, {integer(base.get('sites'))} sites"),
     ]
+    if end.get("clock_s") is not None:
+        figures.append(("Virtual time", duration(end["clock_s"]), "of the simulated devices"))
     hashes = [("Adapter SHA-256", "adapter_sha256"), ("Configuration SHA-256", "config_sha256")]
     tile = "<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>".format
     tiles = [tile(*map(escape, figure)) for figure in figures]

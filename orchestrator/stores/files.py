@@ -13,7 +13,7 @@ from fedlora.errors import ConfigError, RunFolderError
 
 _WRITTEN = {
     *("config", "journal", "metrics", "partition", "labels", "summary", "report"),
-    *("checkpoints", "adapter", "ledger", "private"),
+    *("checkpoints", "adapter", "ledger", "private", "lease"),
 }
 
 
@@ -124,24 +124,37 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def open_folder(config: RunConfig, overwrite: bool) -> tuple[Path, bool]:
-    """Prepare the output folder of a run.
-
-    Returns:
-        The folder, and whether it already holds this very run.
+def check_output(config: RunConfig, overwrite: bool) -> bool:
+    """Whether the output folder already holds this very run. Changes nothing.
 
     Raises:
-        RunFolderError: not writable, not a run folder, or a run of another configuration.
+        RunFolderError: not a run folder, or a run of another configuration.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"output_dir {folder} is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite and check_folder(folder, config):
-            return folder, True
-        _remove_run(folder)
+    if not _content(folder):
+        return False
+    if not overwrite and check_folder(folder, config):
+        return True
+    _check_removable(folder)
+    return False
+
+
+def open_folder(config: RunConfig, overwrite: bool) -> bool:
+    """``check_output``, and unless the folder holds this run, prepare it. Only for whoever holds the run's lease.
+
+    Raises:
+        RunFolderError: also if it cannot be written.
+    """
+    folder = Path(config.output_dir)
+    if check_output(config, overwrite):
+        return True
+    with writing(folder):
+        for path in _content(folder):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_atomic(folder / "config.yaml", config.to_yaml())
-    return folder, False
+    return False
 
 
 def check_folder(folder: Path, config: RunConfig) -> bool:
@@ -184,13 +197,16 @@ def _runs_nearby(folder: Path) -> str:
     return f"; runs in {folder.parent}: {', '.join(runs[:8])}" if runs else ""
 
 
-def _remove_run(folder: Path) -> None:
-    """Delete what a run writes, and refuse to touch a folder that holds anything else."""
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder besides leases: they outlive what is replaced, so that tokens go on growing."""
+    return [path for path in folder.iterdir() if not path.name.startswith("lease.")] if folder.is_dir() else []
+
+
+def _check_removable(folder: Path) -> None:
+    """Refuse to touch a folder that holds anything but what a run writes."""
     foreign = sorted(path.name for path in folder.iterdir() if path.name.lstrip(".").split(".")[0] not in _WRITTEN)
     if foreign or not (folder / "journal.jsonl").is_file():
         what = f"it holds {foreign[0]}" if foreign else "it has no journal.jsonl"
         raise RunFolderError(
             f"{folder} is not a run folder ({what}); only runs are replaced. Choose another output_dir"
         )
-    with writing(folder):
-        shutil.rmtree(folder)
