@@ -77,15 +77,22 @@ SETTINGS: Mapping[str, Any] = {
     "threads": 1,
     "output_dir": "runs/robustness",
 }
+# with steps of less noise and time to converge, at the share of the middle row
+CONVERGED: Mapping[str, Any] = {
+    **SETTINGS,
+    "training": {**SETTINGS["training"], "round_decay": 0.8, "per_device_train_batch_size": 32},
+    "rounds": 10,
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run; no attack is the share 0."""
+    """One run; no attack is the share 0. A converged one has larger batches, more rounds and a falling rate."""
 
     attack: str
     share: float
     rule: str
+    converged: bool = False
 
     def content(self) -> dict[str, Any]:
         """What is run, as a configuration file would say it."""
@@ -99,7 +106,11 @@ class Cell:
         }
         attack = {"name": self.attack, "options": ATTACKS.get(self.attack), "clients": self.share}
         strategy = [*layers.get(self.rule, [self.rule]), "fedit"]
-        return {**SETTINGS, "strategy": strategy, "attack": attack if self.share else None}
+        return {
+            **(CONVERGED if self.converged else SETTINGS),
+            "strategy": strategy,
+            "attack": attack if self.share else None,
+        }
 
     def config(self) -> RunConfig:
         """The same, checked."""
@@ -111,7 +122,8 @@ class Cell:
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return f"{self.rule}, {self.attack} by {self.share:.0%}" if self.share else f"{self.rule}, no attack"
+        attack = f"{self.attack} by {self.share:.0%}" if self.share else "no attack"
+        return f"{self.rule}, {attack}{', converged' if self.converged else ''}"
 
 
 def trusted() -> str:
@@ -123,8 +135,9 @@ def trusted() -> str:
 
 def all_cells() -> list[Cell]:
     """The clean runs first: they are what the others are compared with."""
-    clean = [Cell("", 0.0, rule) for rule in RULES]
-    return clean + [Cell(attack, share, rule) for attack, share, rule in product(ATTACKS, SHARES, RULES)]
+    clean = [Cell("", 0.0, rule, converged) for converged in (False, True) for rule in RULES]
+    short = [Cell(attack, share, rule) for attack, share, rule in product(ATTACKS, SHARES, RULES)]
+    return clean + short + [Cell(attack, 0.2, rule, True) for attack, rule in product(ATTACKS, RULES)]
 
 
 # Cells that share what they can ----------------------------------------------------------------------------------
@@ -174,6 +187,8 @@ class SharedRuntime(ClientRuntime):
 
     def open(self, config: RunConfig) -> None:
         """Go on with another cell; only its attack may differ in what clients do."""
+        if config.training != self._config.training:
+            self._first = {}
         self._config = config
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
         self._shared = {}
@@ -202,8 +217,8 @@ class SharedRuntime(ClientRuntime):
 class SharedPool(LocalPool):
     """A pool over a runtime that outlives it."""
 
-    def __init__(self, runtime: ClientRuntime):
-        self._runtime = runtime
+    def __init__(self, config: RunConfig, runtime: ClientRuntime):
+        super().__init__(config, lambda *_: runtime)
 
 
 _runtimes: list[SharedRuntime] = []  # of this process
@@ -220,7 +235,7 @@ def play(cell: Cell) -> dict[str, Any]:
     began = time.process_time()
     row: dict[str, Any] = {"key": cell.key, "attack": cell.attack, "share": cell.share, "rule": cell.rule}
     unusable = 0
-    fed, base = _federation(config, SharedPool(runtime), lambda event, fields: None)
+    fed, base = _federation(config, SharedPool(config, runtime), lambda event, fields: None)
     state = RunState(0, fed.fresh, {}, config.sha256(), base.fingerprint)
     finite, refused = True, 0
     try:
@@ -262,10 +277,10 @@ def found(rows: Mapping[str, dict[str, Any]], cell: Cell) -> dict[str, Any] | No
     return rows.get(cell.key)
 
 
-def tables(rows: Mapping[str, dict[str, Any]]) -> str:
-    """The tables and what they say, as Markdown."""
-    lines_of = {cell: found(rows, cell) for cell in all_cells()}
-    clean = (lines_of[Cell("", 0.0, "mean")] or {}).get("accuracy", float("nan"))
+def tables(rows: Mapping[str, dict[str, Any]], converged: bool) -> str:
+    """A table and what it says, as Markdown."""
+    lines_of = {cell: found(rows, cell) for cell in all_cells() if cell.converged == converged}
+    clean = (lines_of[Cell("", 0.0, "mean", converged)] or {}).get("accuracy", float("nan"))
 
     def shown(cell: Cell) -> str:
         line = lines_of[cell]
@@ -277,10 +292,10 @@ def tables(rows: Mapping[str, dict[str, Any]]) -> str:
         return f"**{text}**" if near(line, clean) else text
 
     text = [f"| attack | share | {' | '.join(RULES)} |", f"|---|---:|{'---:|' * len(RULES)}"]
-    for attack, share in [("", 0.0), *product(ATTACKS, SHARES)]:
-        cells = " | ".join(shown(Cell(attack, share, rule)) for rule in RULES)
+    for attack, share in [("", 0.0), *product(ATTACKS, (0.2,) if converged else SHARES)]:
+        cells = " | ".join(shown(Cell(attack, share, rule, converged)) for rule in RULES)
         text.append(f"| {attack or 'none'} | {share:.0%} | {cells} |".replace("%", " %"))
-    return "\n".join([*text, "", *conclusions(lines_of, clean)])
+    return "\n".join([*text, "", *conclusions(lines_of, clean, converged)])
 
 
 def near(line: Mapping[str, Any] | None, clean: float) -> bool:
@@ -288,12 +303,12 @@ def near(line: Mapping[str, Any] | None, clean: float) -> bool:
     return line is not None and line.get("accuracy", -1.0) >= clean - 0.02
 
 
-def conclusions(lines_of: Mapping[Cell, Mapping[str, Any] | None], clean: float) -> list[str]:
+def conclusions(lines_of: Mapping[Cell, Mapping[str, Any] | None], clean: float, converged: bool) -> list[str]:
     """What was to be shown, as the numbers have it."""
     said = []
     for attack in ("sign_flip", "scaled_update"):
-        mean = (lines_of[Cell(attack, 0.2, "mean")] or {}).get("accuracy", 0.0)
-        safe = [rule for rule in RULES if near(lines_of[Cell(attack, 0.2, rule)], clean)]
+        mean = (lines_of[Cell(attack, 0.2, "mean", converged)] or {}).get("accuracy", 0.0)
+        safe = [rule for rule in RULES if near(lines_of[Cell(attack, 0.2, rule, converged)], clean)]
         said.append(
             f"- {attack} by 20 %: the undefended mean ends at {100 * mean:.1f} % ({100 * (mean - clean):+.1f} points);"
             f" within two points of the clean run: {', '.join(safe) or 'none'}."
@@ -301,7 +316,8 @@ def conclusions(lines_of: Mapping[Cell, Mapping[str, Any] | None], clean: float)
     done = [line for line in lines_of.values() if line]
     spoilt = [line for line in done if not line["finite"]]
     hostile = [line for line in done if line["attack"] == "nan"]
-    admitted = [line for line in hostile if line["refused"] != round(line["share"] * CLIENTS) * SETTINGS["rounds"]]
+    rounds = (CONVERGED if converged else SETTINGS)["rounds"]
+    admitted = [line for line in hostile if line["refused"] != round(line["share"] * CLIENTS) * rounds]
     said.append(
         f"- Runs whose global adapter held a value that is not finite after any round: {len(spoilt)} of {len(done)};"
         f" runs with NaN attackers in which one was admitted: {len(admitted)} of {len(hostile)}."
@@ -315,9 +331,12 @@ def conclusions(lines_of: Mapping[Cell, Mapping[str, Any] | None], clean: float)
 
 def write(rows: Mapping[str, dict[str, Any]]) -> None:
     """Put the tables between the document's markers."""
-    before, _, rest = DOC.read_text(encoding="utf-8").partition("<!-- tables -->")
-    _, _, after = rest.partition("<!-- /tables -->")
-    DOC.write_text(f"{before}<!-- tables -->\n{tables(rows)}\n<!-- /tables -->{after}", encoding="utf-8")
+    text = DOC.read_text(encoding="utf-8")
+    for name, converged in (("tables", False), ("converged", True)):
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}<!-- {name} -->\n{tables(rows, converged)}\n<!-- /{name} -->{after}"
+    DOC.write_text(text, encoding="utf-8")
 
 
 def main(
