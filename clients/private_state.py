@@ -49,16 +49,20 @@ class PrivateState:
     def __init__(self, root: Path, keep: int):
         self._root, self._keep = root, keep
 
-    def load(self, client: str, before: int) -> Private:
-        """What the client had when round ``before`` began; empty if it never took part.
+    def load(self, client: str, accepted: int) -> Private:
+        """What the client had after the round of its last update that counted; nothing where that is 0.
 
         Raises:
-            FedLoRAError: if the file is damaged.
+            FedLoRAError: if the file is missing or damaged. An older state, or none, would train something else.
         """
-        rounds = [number for number in self._rounds(client) if number < before]
-        if not rounds:
+        if not accepted:
             return Private()
-        path = self._file(client, max(rounds))
+        path = self._file(client, accepted)
+        if not path.exists():
+            raise FedLoRAError(
+                f"the private state of client {client} after round {accepted} is not at {path}; whoever trains the"
+                " client has to see the folder it was written to (a shared output_dir)"
+            )
         try:
             tensors = safetensors.torch.load(path.read_bytes())
             return Private(_below(_PERSONAL, tensors), _below(_METHODS, tensors))

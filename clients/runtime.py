@@ -112,7 +112,7 @@ class ClientRuntime:
         methods = MethodStack(task.plan.methods)
         model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
         adapted.patch_base(task.ledger, received.frozen)
-        private = self._private.load(task.client, task.accepted + 1) if _needs_private(task.plan) else Private()
+        private = self._private.load(task.client, task.accepted) if _needs_private(task.plan) else Private()
         start = with_personal(received, private.personal, task.plan.keep)
         insert(model, name, start)
         parameters = name_parameters(model, name, task.plan.train)
@@ -176,7 +176,11 @@ class ClientRuntime:
         adapted = self._model()
         state = decode_adapter(task.adapter)
         if task.keep:
-            state = with_personal(state, self._private.load(task.subject, task.accepted + 1).personal, task.keep)
+            try:
+                own = self._private.load(task.subject, task.accepted).personal
+            except FedLoRAError as error:
+                return EvalResult(task.subject, 0.0, 0, 0, 0, error=str(error))
+            state = with_personal(state, own, task.keep)
         state = state.map(lambda update: pad(update, state.rank))  # a strategy may give modules different ranks
         model, name = adapted.at_rank(state.rank), f"r{state.rank}"
         adapted.patch_base(task.ledger, state.frozen)

@@ -240,13 +240,16 @@ class ScheduleConfig(_Section):
         1.0, ge=1, description="sync: ask this many times clients.per_round; the round closes with the first ones"
     )
     deadline_s: float | None = Field(
-        None, gt=0, description="sync: seconds after which a round closes with what it has; default: it waits for all"
+        None, gt=0, description="seconds after which a round closes with what it has; async: that a client may take"
     )
     quorum: float = Field(
         0.0, ge=0, le=1, description="share of clients.per_round whose updates a round needs, else it changes nothing"
     )
     late: Literal["drop", "keep"] = Field(
         "drop", description="keep: an update that misses its round counts in a later one (wants the staleness wrapper)"
+    )
+    max_staleness: int = Field(
+        20, ge=1, description="rounds after which a client that still has not answered is given up"
     )
     buffer: int = Field(10, ge=1, description="async: updates per aggregation")
 

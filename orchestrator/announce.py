@@ -44,7 +44,7 @@ class Announcer:
             self._store.register("orchestrator", str(os.getpid()), self._host)
         if event == "worker_ready":
             facts = {name: value for name, value in record.items() if name not in ("time", "event")}
-            self._store.register("worker", str(record["pid"]), facts)
+            self._store.register("worker", f"{self._host['host']}:{record['pid']}", facts)
         if event in STATUS:
             moved = {name: record[name] for name in ("round", "adapter_sha256") if name in record}
             self._pointer |= {**moved, "status": STATUS[event], "time": record["time"]}

@@ -44,7 +44,7 @@ class Screen:
             disable=not self.console.is_terminal,
         )
         self._clients = self._progress.add_task("clients", total=1, visible=False)
-        self._failures = 0
+        self._failures, self._traced = 0, False
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -131,7 +131,7 @@ class Screen:
         self._incident("failed", fields)
 
     def _on_update_late(self, fields: Mapping[str, Any]) -> None:
-        self._incident("late", fields)
+        self._progress.advance(self._clients)  # over-selection leaves somebody out in every round
 
     def _incident(self, what: str, fields: Mapping[str, Any]) -> None:
         self._progress.advance(self._clients)
@@ -140,6 +140,9 @@ class Screen:
             self._say(
                 f"[yellow]{what}[/] {escape(fields['client'])} in round {fields['round']}: {escape(fields['reason'])}"
             )
+        if fields.get("traceback") and not self._traced:
+            self._traced = True
+            self._say(f"[dim]{escape(fields['traceback'].rstrip())}[/]")
         if self._failures == 5:
             self._say("further failures are counted in the round lines and kept in journal.jsonl")
 

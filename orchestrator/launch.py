@@ -31,7 +31,7 @@ from fedlora.adapter.rank import truncate
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, FedLoRAError, LeaseLost, RunFolderError, RunInterrupted
 from fedlora.plugins import Plugin, line_in, load_plugins, read_plugin
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, WorkerStats
@@ -81,21 +81,35 @@ def run(config: RunConfig, listen: Listener, overwrite: bool = False) -> dict[st
     """
     load_plugins(config.plugins)
     compose(config.strategy)  # a misspelt name touches no folder
+    build_selector(config.clients.selection)
     if config.attack:
         build(config.attack)
-    folder, mirror = _open(config.output_dir)
-    config = config.model_copy(update={"output_dir": str(folder)})
+    if is_url(config.output_dir):
+        return _run_elsewhere(config, Mirror(config.output_dir), listen, overwrite)
+    folder = Path(config.output_dir)
     try:
         present = check_output(config, overwrite)
     except RunFolderError:
         refuse_if_held(folder)  # somebody is just preparing it, or replaces it
         raise
     if present:
-        return _go_on(config, folder, listen, mirror)
-    with _hold(config, folder, mirror) as lease:
+        return _go_on(config, folder, listen)
+    with _hold(config, folder) as lease:
         if open_folder(config, overwrite):
-            return _go_on(config, folder, listen, mirror, lease)
-        return _play(config, folder, None, listen, lease, mirror)
+            return _go_on(config, folder, listen, lease)
+        return _play(config, folder, None, listen, lease)
+
+
+def _run_elsewhere(
+    config: RunConfig, mirror: Mirror, listen: Listener, overwrite: bool = False, present: bool = False
+) -> dict[str, Any]:
+    """A run whose folder belongs to another file system."""
+    config = config.model_copy(update={"output_dir": str(mirror.folder)})
+    with _hold(config, mirror.folder, mirror) as lease:
+        mirror.fetch()  # not before the lease: whoever plays the run here is ahead of the copy
+        if present or open_folder(config, overwrite):
+            return _go_on(config, mirror.folder, listen, lease, mirror)
+        return _play(config, mirror.folder, None, listen, lease, mirror)
 
 
 def resume(place: Path | str, listen: Listener) -> dict[str, Any]:
@@ -108,22 +122,14 @@ def resume(place: Path | str, listen: Listener) -> dict[str, Any]:
         RunFolderError: not a run folder, or no usable checkpoint.
         LeaseHeld: another process plays it.
     """
-    folder, mirror = _open(str(place))
-    return _go_on(read_config(folder), folder, listen, mirror)
-
-
-def _open(place: str) -> tuple[Path, Mirror | None]:
-    """The folder a run is played in, and what copies it to where it belongs."""
-    if not is_url(place):
-        return Path(place), None
-    mirror = Mirror(place)
-    refuse_if_held(mirror.folder)
-    mirror.fetch()
-    return mirror.folder, mirror
+    if not is_url(str(place)):
+        return _go_on(read_config(Path(place)), Path(place), listen)
+    mirror = Mirror(str(place))
+    return _run_elsewhere(parse_config(mirror.config()), mirror, listen, present=True)
 
 
 def _go_on(
-    config: RunConfig, folder: Path, listen: Listener, mirror: Mirror | None, lease: Lease | None = None
+    config: RunConfig, folder: Path, listen: Listener, lease: Lease | None = None, mirror: Mirror | None = None
 ) -> dict[str, Any]:
     if summary := _finished_summary(config, folder):  # takes no lease and writes nothing
         if edited := _edited_plugins(config, folder):
@@ -132,7 +138,7 @@ def _go_on(
         return summary
     if lease is None:
         with _hold(config, folder, mirror) as lease:
-            return _go_on(config, folder, listen, mirror, lease)
+            return _go_on(config, folder, listen, lease, mirror)
     state, problems = load_latest(folder)
     for problem in problems:
         listen("checkpoint_damaged", {"reason": problem, "round": state.round if state else 0})
@@ -153,7 +159,12 @@ def _finished_summary(config: RunConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def _play(
-    config: RunConfig, folder: Path, state: RunState | None, listen: Listener, lease: Lease, mirror: Mirror | None
+    config: RunConfig,
+    folder: Path,
+    state: RunState | None,
+    listen: Listener,
+    lease: Lease,
+    mirror: Mirror | None = None,
 ) -> dict[str, Any]:
     """One session. However it ends, what is in the folder is copied to where it belongs."""
     try:
@@ -188,8 +199,7 @@ def _session(
     def store(state: RunState) -> None:
         for event, fields in lease.news():
             emit(event, fields)
-        lease.check()
-        commit(folder, state, config.keep_checkpoints)
+        commit(folder, state, config.keep_checkpoints, lease.check)
         if mirror:
             try:
                 mirror.publish()
@@ -408,6 +418,8 @@ def peak_rss_mb(stats: Sequence[WorkerStats]) -> float:
 
 def _edited_plugins(config: RunConfig, folder: Path) -> list[str]:
     """Plug-in files that are not what the run's last session imported. A run goes on with them, and says so."""
+    if not config.plugins:
+        return []
     sessions = [line["plugins"] for line in read_lines(folder / "journal.jsonl") if "plugins" in line]
     before = sessions[-1] if sessions else {}
     edited = []
@@ -463,7 +475,7 @@ def _write_members(folder: Path, members: Sequence[ClientInfo], base: BaseInfo) 
     write_json(folder / "labels.json", list(base.labels))
 
 
-def _hold(config: RunConfig, folder: Path, mirror: Mirror | None) -> contextlib.AbstractContextManager[Lease]:
+def _hold(config: RunConfig, folder: Path, mirror: Mirror | None = None) -> contextlib.AbstractContextManager[Lease]:
     redis = config.store.redis or os.environ.get("FEDLORA_REDIS")
     return hold(folder, redis, config.store.lease_s, mirror.url if mirror else None)
 

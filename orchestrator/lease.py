@@ -197,8 +197,8 @@ def _claim(folder: Path, store: RedisStore | None, lease_s: float) -> tuple[Hold
             fcntl.flock(file, fcntl.LOCK_EX)
         os.write(file, json.dumps(asdict(holder)).encode() + b"\n")
         files = _lease_files(folder)
-        if files[-1][0] != token:  # we were slow, and others have come and gone meanwhile
-            path.unlink()
+        if not files or files[-1][0] != token:  # we were slow, and others have come and gone meanwhile
+            path.unlink(missing_ok=True)
             os.close(file)
             continue
         for _, old in files[:-1]:
@@ -272,7 +272,7 @@ def _is_there(path: Path) -> bool:
     """Opened, since a network file system answers that from the server and a mere ``stat`` from its cache."""
     try:
         path.open("rb").close()
-    except FileNotFoundError:
+    except OSError:  # a stale handle of a network folder is no proof of ownership either
         return False
     return True
 

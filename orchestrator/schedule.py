@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.protocol import Reply
 from orchestrator.federation import Federation
@@ -38,12 +38,22 @@ class Closing:
 
 def play(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
     """Give out tasks and take answers until the round is over."""
+    state = replace(state, flights=_not_too_old(fed, state, inbox))
     way = _buffered if fed.schedule.mode == "async" else _synchronous
     closing = way(fed, state, outbox, inbox)
     if inbox.number < fed.rounds:
         return closing
     fed.abandon(closing.flights)  # nobody will ask for them
     return Closing((), closing.clock_s)
+
+
+def _not_too_old(fed: Federation, state: RunState, inbox: Inbox) -> tuple[Flight, ...]:
+    """What is out and still worth waiting for; the rest is given up, and its worker is free again."""
+    old = [flight for flight in state.flights if inbox.number - flight.round > fed.schedule.max_staleness]
+    for flight in old:
+        inbox.fail(flight.client, f"has not answered since round {flight.round}; given up by schedule.max_staleness")
+    fed.abandon(old)
+    return tuple(flight for flight in state.flights if flight not in old)
 
 
 def wanted(fed: Federation) -> int:
@@ -138,6 +148,7 @@ def _buffered(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) ->
 def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
     assert fed.fleet is not None
     places, target = how_many(fed.per_round, len(fed.members)), wanted(fed)
+    limit = math.inf if fed.schedule.deadline_s is None else fed.schedule.deadline_s
     flights, now, turn, tries = list(state.flights), state.clock_s, 0, 0
     came: list[Flight] = []
     while len(came) < target and tries < PATIENCE * (places + target):
@@ -153,12 +164,15 @@ def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox,
                 break  # everyone has answered
             now, tries = later, tries + 1
             continue
-        first = min(flights, key=_noticed)
+        first = min(flights, key=lambda flight: _noticed(flight, limit))
         flights.remove(first)
-        now = max(now, _noticed(first))
+        now = max(now, _noticed(first, limit))
         if first.due_s is None:
             tries += 1
             inbox.fail(first.client, "dropped out (simulated)")
+        elif first.due_s - first.given_s > limit:
+            tries += 1
+            inbox.fail(first.client, f"had not answered after schedule.deadline_s={limit:g}")
         else:
             came.append(first)
     _run(fed, outbox, inbox, came)
@@ -167,18 +181,30 @@ def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox,
 
 def _buffered_by_real_clock(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
     places, target = how_many(fed.per_round, len(fed.members)), wanted(fed)
+    limit = math.inf if fed.schedule.deadline_s is None else fed.schedule.deadline_s
     out = {flight.client: flight for flight in state.flights}
-    begun, turn = time.monotonic(), 0
+    begun, now, turn = time.monotonic(), state.clock_s, 0
     while len(inbox.admitted) < target and len(inbox.failed) + len(inbox.refused) < PATIENCE * places:
         busy = out.keys() | inbox.answered
-        new = outbox.give(outbox.choose(max(places - len(out), 0), busy, 0.0, turn), 0.0)
+        new = outbox.give(outbox.choose(max(places - len(out), 0), busy, 0.0, turn), now)
         out |= {flight.client: flight for flight in new}
-        turn += 1
-        reply = next(iter(fed.give(map(outbox.task, out.values()), None)), None)
-        if reply is None:
+        if not out:
             break  # everyone has answered, and the buffer is not full
-        _take(outbox, inbox, out, reply)
-    return Closing(tuple(out.values()), state.clock_s + time.monotonic() - begun)
+        turn += 1
+        first = min(flight.given_s for flight in out.values()) + limit
+        timeout = None if limit == math.inf else max(first - now, 0.0)
+        reply = next(iter(fed.give(map(outbox.task, out.values()), timeout)), None)
+        now = state.clock_s + time.monotonic() - begun
+        if reply is not None:
+            _take(outbox, inbox, out, reply)
+        elif limit == math.inf:
+            break  # the pool has nothing out any more, whatever we think
+        hung = [flight for flight in out.values() if now - flight.given_s >= limit]
+        fed.abandon(hung)
+        for flight in hung:
+            del out[flight.client]
+            inbox.fail(flight.client, f"had not answered after schedule.deadline_s={limit:g}")
+    return Closing(tuple(out.values()), now)
 
 
 def _run(fed: Federation, outbox: Outbox, inbox: Inbox, flights: Sequence[Flight]) -> None:
@@ -200,9 +226,9 @@ def _due(flight: Flight) -> float:
     return math.inf if flight.due_s is None else flight.due_s
 
 
-def _noticed(flight: Flight) -> float:
-    """When the server hears of a flight; of one that is lost, at once."""
-    return flight.given_s if flight.due_s is None else flight.due_s
+def _noticed(flight: Flight, limit: float) -> float:
+    """When the server is done with a flight: it answers, is given up, or, where it is lost, at once."""
+    return flight.given_s if flight.due_s is None else min(flight.due_s, flight.given_s + limit)
 
 
 def in_order(flights: Iterable[Flight]) -> tuple[Flight, ...]:

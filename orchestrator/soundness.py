@@ -6,6 +6,7 @@ from fedlora.aggregation import Strategy
 from fedlora.aggregation.wrapper import described
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, nearest
+from orchestrator.selection import how_many
 
 
 def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str], merges: bool) -> None:
@@ -39,14 +40,14 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             raise ConfigError(
                 f"strategy: {name} needs the client {client}, which is not registered{nearest(client, clients)}"
             )
-    _check_schedule(name, strategy, config)
+    _check_schedule(name, strategy, config, clients)
     if config.ledger.max_rank is not None and not traits.patches_base:
         raise ConfigError(
             f"ledger.max_rank has no effect: {name} does not patch the base; use flora, fedex or fedex_het"
         )
 
 
-def _check_schedule(name: str, strategy: Strategy, config: RunConfig) -> None:
+def _check_schedule(name: str, strategy: Strategy, config: RunConfig, clients: Sequence[str]) -> None:
     schedule, traits = config.schedule, strategy.traits
     later = schedule.mode == "async" or schedule.late == "keep"
     asked = "schedule.mode: async" if schedule.mode == "async" else "schedule.late: keep"
@@ -67,7 +68,15 @@ def _check_schedule(name: str, strategy: Strategy, config: RunConfig) -> None:
             " use synchronous rounds without over-selection"
         )
     if schedule.mode == "async":
-        unread = [key for key in ("over_selection", "deadline_s") if getattr(schedule, key) not in (None, 1.0)]
-        if unread or schedule.late == "keep":
-            key = unread[0] if unread else "late"
+        if schedule.over_selection > 1 or schedule.late == "keep":
+            key = "late" if schedule.late == "keep" else "over_selection"
             raise ConfigError(f"schedule.{key} is for synchronous rounds; schedule.mode is async, where nobody is late")
+        busy = how_many(config.clients.per_round, len(clients))
+        if schedule.buffer > busy:
+            raise ConfigError(
+                f"schedule.buffer is {schedule.buffer}, but clients.per_round keeps {busy} clients busy; lower it"
+            )
+        if config.clients.selection == "poisson":
+            raise ConfigError("clients.selection: poisson draws whole rounds; use uniform with schedule.mode: async")
+    elif schedule.late == "keep" and schedule.deadline_s is None and schedule.over_selection == 1:
+        raise ConfigError("schedule.late: keep has no effect without deadline_s or over_selection: nobody is late")

@@ -32,10 +32,13 @@ class ScriptedPool:
         self._tamper = tamper
         self._rows = {member.id: member.num_examples for member in members}
         self.asked: list[str] = []
+        self._queue: list[TrainTask] = []
         self.sent: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
 
     def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
-        for task in tasks:
+        self._queue += tasks
+        while self._queue:
+            task = self._queue.pop(0)
             honest = answer(task, self._rows.get(task.client, 1))
             self.asked.append(task.client)
             self.sent[task.round, task.client] = honest["delta"]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -56,7 +57,9 @@ class Crew:
     def __init__(self, config: RunConfig, plugins: Sequence[Plugin], open_runtime: OpenRuntime):
         self._settings = config.ray
         self._threads = config.threads or max(1, math.floor(self._settings.num_cpus))
-        self._arguments = (config.resolved(), self._threads, list(plugins), cloudpickle.dumps(open_runtime))
+        # a worker's folder is another one: what clients keep to themselves belongs to the run's
+        told = {**config.resolved(), "output_dir": str(Path(config.output_dir).absolute())}
+        self._arguments = (told, self._threads, list(plugins), cloudpickle.dumps(open_runtime))
         self.live: list[Worker] = []
         self._starting: dict[Any, tuple[Any, float]] = {}  # actors and when they were asked for, by their first call
         self._failed = 0  # starts in a row
@@ -142,10 +145,11 @@ class Crew:
                 self._failed += 1
                 self._reason = error
                 ray.kill(actor)
-                self._resume = time.monotonic() + min(EXAMINE_S * 2**self._failed, LONGEST_PAUSE_S)
+                self._resume = time.monotonic() + min(EXAMINE_S * 2 ** min(self._failed, 10), LONGEST_PAUSE_S)
                 self._give_up_if_alone()
             else:
-                self._failed, self.start_s = 0, time.monotonic() - since
+                # a worker may have waited for its place; what is asked is how long it takes to load
+                self._failed, self.start_s = 0, min(time.monotonic() - since, LONGEST_PAUSE_S)
                 self.live.append(Worker(actor, node, stats))
 
     def lose(self, worker: Worker) -> None:

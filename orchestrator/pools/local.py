@@ -87,7 +87,8 @@ def _stopped_after(seconds: float | None) -> Iterator[None]:
     left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # again and again: Python drops what is raised inside a callback of its own
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
         try:
             yield
         finally:

@@ -30,6 +30,7 @@ from ray.exceptions import RayError, RayTaskError  # isort: skip
 
 _POLL_S = 0.005  # between looks for idle workers while somebody else works on the replies
 _LOOK_AHEAD = 1000  # tasks of the queue that are looked at for one call
+HELD_UP_S = 60.0  # that scores wait for workers which all train for rounds gone by
 
 
 @dataclass(eq=False)
@@ -148,11 +149,16 @@ class RayPool:
         # nobody can go on without the scores; the server's shards are the longest of them
         self._out.queue.extendleft(sorted(jobs, key=lambda job: (not job.alone, -job.cost), reverse=True))
         waiting = deque(jobs)
+        patient_until = time.monotonic() + HELD_UP_S
         while waiting:
-            if waiting[0].result is None:
-                self._advance(None, True)
-            else:
+            if waiting[0].result is not None:
                 waiting.popleft()
+                patient_until = time.monotonic() + HELD_UP_S
+                continue
+            self._advance(None, False)
+            if time.monotonic() > patient_until and (late := self._held_up()):
+                self._evict(late, anew=True)  # its client may never answer; it is tried again after the scores
+                patient_until = time.monotonic() + HELD_UP_S
         return [job.result for job in jobs if job.result]
 
     def stats(self) -> list[WorkerStats]:
@@ -219,7 +225,8 @@ class RayPool:
             if self._crew.is_dead(worker):
                 self._crew.lose(worker)  # while it had nothing to do: no task has to pay for it
                 continue
-            jobs = self._next_jobs() if together else [self._out.queue.popleft()]
+            share = together or not self._out.queue[0].trains
+            jobs = self._next_jobs() if share else [self._out.queue.popleft()]
             adapters = {job.task.adapter: self._shelf.adapter(job.task) for job in jobs}
             places = {adapter: place for place, adapter in enumerate(adapters)}
             tasks = [(replace(job.task, adapter=b"", ledger=()), places[job.task.adapter]) for job in jobs]
@@ -283,14 +290,24 @@ class RayPool:
             else:
                 self._out.queue.appendleft(job)
 
-    def _evict(self, reference: Any) -> None:
-        """Stop a worker over a task that was given up. Others in its call are done again, and it is not their fault."""
+    def _held_up(self) -> Any:
+        """The oldest call of late training, if such calls have all the workers."""
+        calls = list(self._out.calls.items())
+        training = [reference for reference, call in calls if call.jobs[0].trains]
+        return training[0] if training and len(training) == len(calls) >= len(self._crew.live) else None
+
+    def _evict(self, reference: Any, anew: bool = False) -> None:
+        """Stop a worker over a task that was given up. Others in its call are done again, and it is not their fault.
+
+        Args:
+            anew: nothing was given up; all of the call is done again, after everything else.
+        """
         call = self._out.calls.pop(reference)
         self._crew.lose(call.worker)
         for job in reversed(call.jobs):
             if job.wanted:
                 job.alone = True
-                self._out.queue.appendleft(job)
+                self._out.queue.append(job) if anew else self._out.queue.appendleft(job)
             else:
                 self._shelf.drop(job.task)
 

@@ -231,6 +231,9 @@ def _incidents(journal: Sequence[Record] | None) -> str:
     events = [event for event in journal if event.get("event") in _INCIDENTS]
     if not events:
         return soft("No update was refused, no client failed, and the run was not interrupted.")
+    kinds = Counter(_INCIDENTS[event["event"]] for event in events)
+    # over-selection makes late updates by the hundred: they must not push a failure off the page
+    shown = sorted(events, key=lambda event: event["event"] == "update_late")[:200]
     lines = [
         [
             str(event.get("time") or "–")[:19].replace("T", " "),
@@ -239,9 +242,8 @@ def _incidents(journal: Sequence[Record] | None) -> str:
             _INCIDENTS[event["event"]],
             event.get("reason") or "–",
         ]
-        for event in events[:200]
+        for event in shown
     ]
-    kinds = Counter(_INCIDENTS[event["event"]] for event in events)
     text = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-    text += "; the first 200 are listed, the others are in journal.jsonl." if len(events) > 200 else "."
+    text += "; 200 are listed, late ones last, and the others are in journal.jsonl." if len(events) > 200 else "."
     return soft(text) + table(["Time", "Round", "Client", "What", "Reason"], "lrlll", lines)

@@ -12,14 +12,19 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import tenacity
+import yaml
 
 from fedlora.errors import RunFolderError
+from orchestrator.lease import current_holder
+from orchestrator.stores.files import write_atomic
 
 _MANIFEST = "manifest.json"
-_GROWN = 1.1  # logs are copied whole: once they have grown by a tenth, so that all copies together stay linear
+_LOGS = ("journal.jsonl",)  # copied whole once they have grown by a tenth, so that all copies together stay linear
+_GROWN = 1.1
 
 
 def is_url(place: str) -> bool:
@@ -36,7 +41,8 @@ def localised(place: str) -> Path:
     if not is_url(place):
         return Path(place)
     mirror = Mirror(place)
-    mirror.fetch()
+    if not current_holder(mirror.folder):  # what is played here is newer than its copy
+        mirror.fetch()
     if not (mirror.folder / "config.yaml").is_file():
         raise RunFolderError(f"{place} is not a run folder (no config.yaml in it)")
     return mirror.folder
@@ -80,11 +86,24 @@ class Mirror:
                 path = self.folder / name
                 if not path.is_file() or path.stat().st_size != size or not _immutable(name):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    self._there.get_file(f"{self._root}/{name}", str(path))
+                    self._get(name, path)
                 self._copied[name] = _stamp(path)
             for path in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
                 if not any(path.iterdir()):
                     path.rmdir()
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run that is there.
+
+        Raises:
+            RunFolderError: if there is none.
+        """
+        with self._speaking("read"):
+            if self._there.exists(f"{self._root}/config.yaml"):
+                content = yaml.safe_load(self._there.cat_file(f"{self._root}/config.yaml"))
+                if isinstance(content, dict):
+                    return content
+        raise RunFolderError(f"{self.url} is not a run folder (no config.yaml in it)")
 
     def publish(self, everything: bool = False) -> None:
         """Copy what is new. Returns when it is there.
@@ -110,13 +129,19 @@ class Mirror:
         before = self._copied.get(name)
         if before is None or before == stamp:
             return before is None
-        return everything or not name.endswith(".jsonl") or stamp[0] > _GROWN * before[0]
+        return everything or name not in _LOGS or stamp[0] > _GROWN * before[0]
 
     @tenacity.retry(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_exponential(0.2, max=2), reraise=True)
     def _put(self, name: str) -> None:
         path = f"{self._root}/{name}"
         self._there.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._there.put_file(str(self.folder / name), path)
+
+    def _get(self, name: str, path: Path) -> None:
+        """Fetch a file; a log that goes on from what is there, because its last lines were not copied yet, stays."""
+        content = self._there.cat_file(f"{self._root}/{name}")
+        if not (name in _LOGS and path.is_file() and path.read_bytes().startswith(content)):
+            write_atomic(path, content)
 
     def _remove(self, name: str) -> None:
         path = f"{self._root}/{name}"

@@ -153,7 +153,7 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients_over_those_who_h
     runtime = ClientRuntime(three(tmp_path), 1)
     before: dict[str, torch.Tensor] = {}
     for number, played in enumerate(play(runtime, SCAFFOLD, 3), start=1):
-        kept = {c: PrivateState(tmp_path / "private", 2).load(c, number + 1).methods for c in played.tasks}
+        kept = {c: PrivateState(tmp_path / "private", 2).load(c, number).methods for c in played.tasks}
         control = played.state["control"]
         for name, tensor in control.items():
             total, holders, change = (torch.zeros_like(tensor) for _ in range(3))
@@ -204,7 +204,8 @@ def test_control_variates_survive_a_restart_and_a_repeated_round_gives_the_same_
     for played in rounds[1:]:  # round 2 is repeated although round 3 has been: a crash before its commit
         assert {client: restarted.train(task) for client, task in played.tasks.items()} == played.payloads
     forgetful = ClientRuntime(config.model_copy(update={"output_dir": str(tmp_path / "empty")}), 1)
-    assert forgetful.train(rounds[2].tasks["c0"]) != rounds[2].payloads["c0"]
+    with pytest.raises(FedLoRAError, match="private state of client c0 after round 2 is not at"):
+        forgetful.train(rounds[2].tasks["c0"])
 
 
 @pytest.mark.parametrize("rule", ["ffa", "rolora", "fedsa", "fedsb"])
@@ -217,7 +218,7 @@ def test_methods_follow_what_a_rule_trains_and_sends(tmp_path: Path, rule: str) 
             assert {part_of(name) for name in update.delta} == plan.train & plan.send
             assert all(torch.isfinite(tensor).all() for tensor in update.extras.values())
             assert any(tensor.any() for tensor in update.extras.values())
-    kept = PrivateState(tmp_path / "private", 2).load("c0", 3).methods
+    kept = PrivateState(tmp_path / "private", 2).load("c0", 2).methods
     expected = {"ffa": {"B", "dense"}, "rolora": {"A", "B", "dense"}, "fedsa": {"A"}, "fedsb": {"C", "dense"}}
     # rolora: the control variate of B stays while A has its turn
     assert {part_of(name.removeprefix("scaffold/")) for name in kept} == expected[rule]
@@ -247,7 +248,7 @@ def test_personal_parts_never_leave_the_client(tmp_path: Path, spec: Any, sent: 
         for client, update in played.updates.items():
             assert update.extras == {}
             assert set(update.delta) == {name for name in everything if part_of(name) in sent}
-            own = PrivateState(tmp_path / "private", 2).load(client, number + 1).personal
+            own = PrivateState(tmp_path / "private", 2).load(client, number).personal
             assert set(own) == {name for name in everything if part_of(name) in kept}
             # no trace of their values either
             for tensor in own.values():
@@ -267,7 +268,7 @@ def test_personal_parts_survive_a_restart_and_are_scored_as_they_were_after_a_ro
     own = PrivateState(tmp_path / "run" / "private", 2)
     losses = []
     for number in (1, 2):
-        mine = own.load("c2", number + 1).personal
+        mine = own.load("c2", number).personal
         by_hand = encode_adapter(AdapterState.from_tensors({**decode_adapter(sent_down).tensors(), **mine}))
         keep = frozenset(kept)
         came = restarted.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=number))
@@ -277,8 +278,8 @@ def test_personal_parts_survive_a_restart_and_are_scored_as_they_were_after_a_ro
     received = restarted.evaluate(EvalTask("c2", sent_down))
     assert len({*losses, received.loss}) == 3
     stranger = ClientRuntime(config.model_copy(update={"output_dir": str(tmp_path / "empty")}), 1)
-    # whoever never trained, or had not yet, scores what it received
-    assert stranger.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=2)) == received
+    # whoever never trained scores what it received; whose state lies elsewhere scores nothing
+    assert "is not at" in (stranger.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=2)).error or "")
     assert restarted.evaluate(EvalTask("c2", sent_down, keep=keep, accepted=0)) == received
 
 
@@ -295,7 +296,7 @@ def test_a_clients_own_parts_follow_its_rank(tmp_path: Path) -> None:
         plan = replace(plan, methods=(Method.of("scaffold"),))
         update = decode_update(runtime.train(TrainTask(number, "c0", plan, sent, digest(sent), 0, accepted=number - 1)))
         assert {name: t.shape for name, t in update.extras.items()} == {name: t.shape for name, t in extras.items()}
-        own = PrivateState(tmp_path / "private", 2).load("c0", number + 1)
+        own = PrivateState(tmp_path / "private", 2).load("c0", number)
         assert {t.shape[1] for name, t in own.personal.items() if part_of(name) == "B"} == {rank}
         assert {t.shape[0] for t in own.methods.values()} == {rank}
 

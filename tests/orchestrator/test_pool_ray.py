@@ -61,6 +61,7 @@ def test_a_worker_killed_in_a_round_is_replaced_and_its_task_is_done_again(tmp_p
         pool.close()
 
 
+@pytest.mark.slow
 def test_without_retries_a_killed_worker_costs_its_own_client_only(tmp_path: Path) -> None:
     pool = RayPool(toy_config(tmp_path, pool="ray", ray__workers=2, ray__task_retries=0, training__max_steps=20))
     try:

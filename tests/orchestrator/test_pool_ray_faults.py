@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fedlora.errors import ConfigError, FedLoRAError
-from fedlora.protocol import ClientPool, Patch
+from fedlora.protocol import ClientPool, EvalTask, Patch
 from orchestrator.pools import crew
 from orchestrator.pools.ray import RayPool
 from tests.conftest import toy_config
@@ -73,6 +73,20 @@ def test_a_late_reply_is_delivered_by_a_later_call(pool: RayPool) -> None:
     gate.touch()
     late = list(pool.train([], timeout_s=60))
     assert [(reply.client, reply.payload is not None) for reply in late] == [("waits", True)]
+
+
+def test_late_clients_that_hang_on_every_worker_do_not_keep_scores_waiting(
+    pool: RayPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until(pool, lambda: len(pool._crew.live) == 2)
+    (Path(pool._config.output_dir) / "gate").unlink(missing_ok=True)
+    hanging = task_for(pool, "hangs")
+    waiting = task_for(pool, "waits")
+    assert list(pool.train([hanging, waiting], timeout_s=0.5)) == []
+    monkeypatch.setattr("orchestrator.pools.ray.HELD_UP_S", 1.0)
+    (score,) = pool.evaluate([EvalTask("", hanging.adapter)])
+    assert score.error is None
+    pool.abandon({"hangs", "waits"})
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

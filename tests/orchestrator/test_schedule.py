@@ -183,6 +183,24 @@ def test_when_nobody_answers_the_run_ends_instead_of_waiting_for_ever() -> None:
         play(fed, 5)
 
 
+def test_a_client_that_never_answers_is_given_up_after_so_many_rounds() -> None:
+    speeds = (10,) * 9 + (0.001,)
+    _, rows = play(virtual({"deadline_s": 3, "late": "keep", "max_staleness": 2}, speeds), 4)
+    assert [set(row["failed"]) for row in rows] == [set(), set(), set(), {"c9"}]
+    assert rows[3]["failed"]["c9"] == "has not answered since round 1; given up by schedule.max_staleness"
+    assert [row["in_flight"] for row in rows] == [1, 1, 1, 1]  # asked again at once
+
+
+def test_an_asynchronous_client_has_its_deadline_too() -> None:
+    speeds = (10,) * 9 + (0.001,)
+    schedule = {"mode": "async", "buffer": 5, "deadline_s": 2.5}
+    _, rows = play(virtual(schedule, speeds, per_round=10), 6)
+    assert {client for row in rows for client in row["failed"]} == {"c9"}
+    hung = Reluctant(calls=99)
+    _, rows = play(real(hung, {"mode": "async", "buffer": 8, "deadline_s": 0.5}, per_round=10), 1)
+    assert hung.given_up == SLOW
+
+
 # A real clock ----------------------------------------------------------------------------------------------------
 
 
