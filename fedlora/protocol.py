@@ -153,12 +153,12 @@ class Reply:
     """What a pool yields for one task: a message, or why there is none.
 
     Attributes:
-        payload: wire bytes of a ``ClientUpdate``, unchecked.
+        payload: wire bytes of a ``ClientUpdate``, unchecked; a pool may give a view of memory it shares.
         error: one sentence when the client failed; ``traceback`` for the journal.
     """
 
     client: str
-    payload: bytes | None = None
+    payload: bytes | memoryview | None = None
     error: str | None = None
     traceback: str | None = None
     seconds: float = 0.0

@@ -48,7 +48,7 @@ class Expectation:
         return 4 * (sum(sizes) + sum(t.numel() for t in self.extras.values()))
 
 
-def admit(payload: bytes, expected: Expectation) -> ClientUpdate:
+def admit(payload: bytes | memoryview, expected: Expectation) -> ClientUpdate:
     """Decode and check one answer.
 
     Raises:

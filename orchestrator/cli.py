@@ -227,11 +227,11 @@ def list_runs(
     elif not rows:
         _print(f"no runs in {folder}")
     else:
-        _print(f"{'run':<28}{'status':<13}{'rounds':<9}{'strategy':<12}{'accuracy':<10}{'loss':<8}")
+        _print(f"{'run':<28}{'status':<13}{'rounds':<9}{'strategy':<12} {'accuracy':<10}{'loss':<8}")
         for row in rows:
             rounds = f"{row['round']}/{row['rounds']}"
             accuracy, loss = (f"{row[key]:.4f}" if row[key] is not None else "-" for key in ("accuracy", "loss"))
-            _print(f"{row['run']:<28}{row['status']:<13}{rounds:<9}{row['strategy']:<12}{accuracy:<10}{loss:<8}")
+            _print(f"{row['run']:<28}{row['status']:<13}{rounds:<9}{row['strategy']:<12} {accuracy:<10}{loss:<8}")
 
 
 @runs_app.command("show")

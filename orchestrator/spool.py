@@ -10,7 +10,7 @@ from fedlora.adapter.wire import decode_update
 from fedlora.errors import RunFolderError
 from fedlora.protocol import ClientUpdate
 
-_IN_MEMORY = 256 << 20  # bytes
+_IN_MEMORY = 512 << 20  # bytes
 
 
 class Spool:
@@ -21,7 +21,7 @@ class Spool:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._left = in_memory
 
-    def put(self, payload: bytes, update: ClientUpdate) -> Callable[[], ClientUpdate]:
+    def put(self, payload: bytes | memoryview, update: ClientUpdate) -> Callable[[], ClientUpdate]:
         """Keep an update; returns what gives it again.
 
         Args:

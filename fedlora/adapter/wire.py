@@ -9,8 +9,9 @@ import json
 import math
 import struct
 import sys
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -23,7 +24,21 @@ from fedlora.protocol import ClientUpdate
 SCHEMA = 1
 MAX_HEADER_BYTES = 8 << 20
 _EXTRA = "+"  # no module path starts with it
-_DTYPES = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
+_DTYPES = {"F32": (torch.float32, 4), "F64": (torch.float64, 8), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
+
+with warnings.catch_warnings():
+    # said once per process: that a message is read-only, which is as it should be
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"0000", dtype=torch.float32)
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies in a message."""
+
+    dtype: torch.dtype
+    numel: int
+    shape: tuple[int, ...]
+    start: int
 
 
 def encode_adapter(state: AdapterState, extras: Mapping[str, Tensor] | None = None) -> bytes:
@@ -42,8 +57,8 @@ def decode_parcel(payload: bytes) -> tuple[AdapterState, dict[str, Tensor]]:
     Raises:
         WireError: if the bytes are not an adapter message of a known schema.
     """
-    _, tensors = _decode(payload, "adapter")
-    tensors, extras = _parted(tensors)
+    _, entries = _decode(payload, "adapter")
+    tensors, extras = _parted({name: _view(payload, entry).clone() for name, entry in entries.items()})
     try:
         return AdapterState.from_tensors(tensors), extras
     except AdapterError as error:
@@ -71,15 +86,18 @@ def encode_update(
     return _encode({**delta, **_marked(extras or {})}, note)
 
 
-def decode_update(payload: bytes, max_bytes: int | None = None) -> ClientUpdate:
+def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> ClientUpdate:
     """Parse an answer and check its form; whether it fits the round is for admission to say.
+
+    Its tensors are views of the message: they are not to be changed in place.
 
     Raises:
         WireError: too large, not safetensors, another schema, or a field of the wrong type.
     """
     if max_bytes is not None and len(payload) > max_bytes:
         raise WireError(f"message of {len(payload)} bytes; at most {max_bytes} were expected")
-    note, tensors = _decode(payload, "update")
+    note, entries = _decode(payload, "update")
+    tensors = {name: _view(payload, entry) for name, entry in entries.items()}
     for key, kind in (
         ("client", str),
         ("round", int),
@@ -133,17 +151,22 @@ def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(ready, {"fedlora": text})
 
 
-def _decode(payload: bytes, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    note = _check_header(payload)
+def _decode(payload: bytes | memoryview, kind: str) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """The note, and where each tensor lies."""
+    note, entries = _read_header(payload)
     if note.get("schema") != SCHEMA:
         raise WireError(f"message has schema {note.get('schema')!r:.80}; this version of fedlora reads {SCHEMA}")
     if note.get("kind") != kind:
         raise WireError(f"message is of kind {note.get('kind')!r:.80}; expected {kind}")
-    try:
-        tensors = safetensors.torch.load(payload)
-    except Exception as error:  # whatever the parser objects to, it is this sender's problem
-        raise WireError(f"not a valid safetensors message: {str(error)!r:.200}") from error
-    return note, {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return note, entries
+
+
+def _view(payload: bytes | memoryview, entry: _Entry) -> Tensor:
+    """A tensor of a message whose header has been checked, in float32; without a copy if it came so."""
+    if not entry.numel:
+        return torch.zeros(entry.shape)
+    flat = torch.frombuffer(payload, dtype=entry.dtype, count=entry.numel, offset=entry.start)
+    return flat.reshape(entry.shape).to(torch.float32)
 
 
 def _count(shape: Any) -> int:
@@ -155,23 +178,27 @@ def _count(shape: Any) -> int:
     return math.prod(shape)
 
 
-def _check_header(payload: bytes) -> dict[str, Any]:
-    """Bounds, types and sizes of the header, before any memory is set aside for tensors."""
+def _read_header(payload: bytes | memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """Bounds, types and sizes, before any memory is set aside for tensors."""
     if len(payload) < 8:
         raise WireError(f"message of {len(payload)} bytes is too short")
     (length,) = struct.unpack("<Q", payload[:8])
     if length > min(MAX_HEADER_BYTES, len(payload) - 8):
         raise WireError("header is longer than the message or the limit; the message is truncated or not safetensors")
+    entries, begin, end = {}, 8 + length, 0
     try:
-        header = json.loads(payload[8 : 8 + length])
+        header = json.loads(bytes(payload[8:begin]))
         note = json.loads(header.pop("__metadata__")["fedlora"])
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            size = _count(entry["shape"]) * _DTYPES[entry["dtype"]]
-            if not 0 <= start <= end <= len(payload) - 8 - length or end - start != size:
-                raise WireError(f"{name!r:.80}: tensor of {size} bytes does not lie inside the message")
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            count, (dtype, width) = _count(entry["shape"]), _DTYPES[entry["dtype"]]
+            if type(start) is not int or start != end or stop - start != count * width:
+                raise WireError(f"{name!r:.80}: tensor of {count * width} bytes does not lie where the one before ends")
+            entries[name], end = _Entry(dtype, count, tuple(entry["shape"]), begin + start), stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"header is not a fedlora message ({type(error).__name__})") from error
     if not isinstance(note, dict):
         raise WireError("header is not a fedlora message (the note is not an object)")
-    return note
+    if begin + end != len(payload):
+        raise WireError(f"message of {len(payload)} bytes; its header describes {begin + end}")
+    return note, entries

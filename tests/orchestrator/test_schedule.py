@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.aggregation import compose
 from fedlora.config import FleetConfig, ScheduleConfig, TrainingConfig
-from fedlora.errors import RoundError
+from fedlora.errors import ConfigError, RoundError
 from fedlora.protocol import ClientInfo, Reply, TrainTask
 from orchestrator.federation import Federation
 from orchestrator.fleet import Fleet
 from orchestrator.rounds import play_round
 from orchestrator.selection import build_selector
+from orchestrator.soundness import check_strategy
 from orchestrator.state import RunState, pack, unpack
+from tests.conftest import toy_config
 from tests.scripted import ScriptedPool, federation, first_state
 
 TEN = [ClientInfo(f"c{i}", 4, 100) for i in range(10)]
@@ -262,3 +265,44 @@ def test_asynchronous_rounds_on_a_real_pool_keep_their_clients_busy() -> None:
     state, rows = play(replace(fed, rounds=4), 4)
     assert all(len(row["admitted"]) == 3 for row in rows)
     assert state.flights == ()
+
+
+# What does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"schedule__mode": "async"}, r"put staleness over the rule: strategy: \[staleness, flexlora\]"),
+        ({"schedule__deadline_s": 1, "schedule__late": "keep"}, "schedule.late: keep brings updates of older models"),
+        (
+            {"schedule__mode": "async", "schedule__buffer": 2, "strategy": ["staleness", "fedex_het"]},
+            "needs everyone at the same one",
+        ),
+        (
+            {"schedule__over_selection": 1.5, "strategy": [{"fltrust": {"root": "c0"}}, "flexlora"]},
+            "fltrust.* needs c0 in every round, and schedule.over_selection may close one without",
+        ),
+        ({"schedule__mode": "async", "strategy": ["staleness", "flexlora"]}, "schedule.buffer is 10, but .* 6 clients"),
+        ({"schedule__late": "keep", "strategy": ["staleness", "flexlora"]}, "has no effect without deadline_s"),
+        (
+            {"schedule__mode": "async", "schedule__over_selection": 1.5, "strategy": ["staleness", "flexlora"]},
+            "schedule.over_selection is for synchronous rounds",
+        ),
+        (
+            {
+                "schedule__mode": "async",
+                "schedule__buffer": 2,
+                "clients__selection": "poisson",
+                "strategy": ["staleness", "flexlora"],
+            },
+            "poisson draws whole rounds",
+        ),
+    ],
+)
+def test_schedules_and_strategies_that_do_not_fit_are_refused_before_anything_runs(
+    changes: dict[str, Any], reason: str
+) -> None:
+    config = toy_config("unused", **changes)
+    with pytest.raises(ConfigError, match=reason):
+        check_strategy(compose(config.strategy), config, [f"c{i}" for i in range(6)], merges=True)
