@@ -1,5 +1,6 @@
 """Admission: a client's update is hostile input until it has passed here."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Expectation:
     max_norm: float
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor that travels back."""
         flat = self.received.tensors()
@@ -54,9 +55,8 @@ def admit(payload: bytes | memoryview, expected: Expectation) -> ClientUpdate:
     Raises:
         UpdateRefused: with the first reason found. It costs that client's update of this round, never more.
     """
-    size = sum(4 * t.numel() for t in (*expected.received.tensors().values(), *expected.extras.values()))
     try:
-        update = decode_update(payload, max_bytes=2 * size + _SLACK)
+        update = decode_update(payload, max_bytes=2 * expected.num_bytes + _SLACK)
     except WireError as error:
         raise UpdateRefused(f"not a valid message: {error}") from error
     task = expected.task

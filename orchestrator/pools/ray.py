@@ -178,7 +178,7 @@ class RayPool:
         while True:
             while self._out.arrived:
                 reply, payload = self._out.arrived.popleft()
-                yield reply if payload is None else replace(reply, payload=payload.data)
+                yield reply if payload is None else Reply(reply.client, payload.data, seconds=reply.seconds)
                 now = time.monotonic()
                 if now - looked > _POLL_S and (ends is None or now < ends):
                     looked = now
