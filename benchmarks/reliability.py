@@ -163,6 +163,40 @@ class Suite:
             right -= load_latest(folder)[0] is None
         return "SIGTERM", times, f"{right} with exit code 130, resumable, slowest {slowest:.1f} s"
 
+    def worker_killed(self, times: int = 20) -> tuple[str, int, str]:
+        """On Ray, whose workers are processes; the run to compare with is one on Ray too."""
+        import ray
+
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        settings = {**SETTINGS, "pool": "ray", "ray__workers": 2, "training__max_steps": 20}
+        updates = SETTINGS["clients__per_round"] * SETTINGS["rounds"]
+        try:
+            folder = self.fresh()
+            launch.run(toy_config(str(folder), **settings), quiet)
+            expected, same = adapter(folder), 0
+            for turn in range(times):
+                share = (0.1, 0.5, 0.9)[turn % 3]
+                folder, workers, came = self.fresh(), [], []
+
+                def listen(
+                    event: str, fields: Any, workers: Any = workers, came: Any = came, share: float = share
+                ) -> None:
+                    if event == "worker_ready":
+                        workers.append(fields["pid"])
+                    if event == "update_admitted":
+                        came.append(fields["client"])
+                        if len(came) == max(1, round(share * updates)):
+                            os.kill(self._random.choice(workers), signal.SIGKILL)
+
+                launch.run(toy_config(str(folder), **settings), listen)
+                rows = read_lines(folder / "metrics.jsonl")
+                whole = all(len(row["admitted"]) == SETTINGS["clients__per_round"] for row in rows)
+                same += whole and adapter(folder) == expected
+        finally:
+            ray.shutdown()
+        what = "a Ray worker killed with SIGKILL at 10, 50 or 90 % of the work"
+        return what, times, f"{same} without the loss of an update, identical"
+
     def disk_full(self) -> tuple[str, int, str]:
         folder = self._folder / "small-disk"
         folder.mkdir()
@@ -218,7 +252,15 @@ def main(
     only: Annotated[str, typer.Option(help="one fault, such as disk_full")] = "",
 ) -> None:
     """Play every fault and print the table."""
-    names = ("driver_killed", "checkpoint_damaged", "two_orchestrators", "stopped", "disk_full", "disk_read_only")
+    names = (
+        "driver_killed",
+        "worker_killed",
+        "checkpoint_damaged",
+        "two_orchestrators",
+        "stopped",
+        "disk_full",
+        "disk_read_only",
+    )
     lines = ["| what happens | times | outcome |", "|---|---:|---|"]
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder), seed)
