@@ -18,10 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
+from robustness import SharedPool, SharedRuntime
 
 from fedlora.config import parse_config
 from orchestrator.launch import _federation
-from orchestrator.pools.local import LocalPool
 from orchestrator.rounds import play_round
 from orchestrator.state import RunState
 
@@ -70,12 +70,17 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_runtimes: dict[int, SharedRuntime] = {}  # by seed, which decides the partition; the base is computed once per text
+
+
 def play(schedule: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """One run of ``UPDATES`` updates: clock and accuracy after every round."""
     content = {**SETTINGS, "schedule": schedule, "rounds": 10_000, "seed": seed}
     config = parse_config(content)
-    pool = LocalPool(config)
-    fed, base = _federation(config, pool, lambda event, fields: None)
+    if seed not in _runtimes:
+        _runtimes[seed] = SharedRuntime(config)
+    _runtimes[seed].open(config)
+    fed, base = _federation(config, SharedPool(config, _runtimes[seed]), lambda event, fields: None)
     state = RunState(0, fed.fresh, {}, config.sha256(), base.fingerprint)
     curve, updates, slow = [], 0, 0
     stragglers = {member.id for i, member in enumerate(fed.members) if SPEEDS[i % len(SPEEDS)] < 20}

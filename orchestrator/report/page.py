@@ -245,5 +245,7 @@ def _incidents(journal: Sequence[Record] | None) -> str:
         for event in shown
     ]
     text = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-    text += "; 200 are listed, late ones last, and the others are in journal.jsonl." if len(events) > 200 else "."
+    text += (
+        "; the first 200 are listed, late ones last, and the others are in journal.jsonl." if len(events) > 200 else "."
+    )
     return soft(text) + table(["Time", "Round", "Client", "What", "Reason"], "lrlll", lines)
