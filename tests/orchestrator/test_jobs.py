@@ -66,6 +66,7 @@ def kill_a_busy_node(cluster: Cluster) -> None:
     busy.kill()
 
 
+@pytest.mark.slow
 def test_a_job_that_loses_a_node_and_then_its_driver_ends_with_the_bytes_of_the_undisturbed_run(
     cluster: Cluster, undisturbed: str, run: Path
 ) -> None:
