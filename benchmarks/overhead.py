@@ -216,13 +216,13 @@ def measure(name: str, *arguments: Any) -> dict[str, Any]:
 class Sizes:
     """How much is measured: rounds after the warm-up, times every arm is started, clients."""
 
-    small_rounds: int = 20
-    large_rounds: int = 4
-    turns: int = 3
+    small_rounds: int = 15
+    large_rounds: int = 3
+    turns: int = 1
     clients: int = 100
     memory_clients: int = 50
     many: int = 10_000
-    registered_rounds: int = 60
+    registered_rounds: int = 40
 
 
 QUICK = Sizes(4, 1, 1, 20, 4, 1000, 10)
