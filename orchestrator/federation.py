@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,11 @@ class Federation:
     training: TrainingConfig
     fleet: Fleet | None = None
     out: set[tuple[int, str]] = field(default_factory=set)
+
+    @functools.cached_property
+    def places(self) -> Mapping[str, int]:
+        """Where each member stands in the fixed order; looked up, so that a round costs what its clients cost."""
+        return {member.id: place for place, member in enumerate(self.members)}
 
     def context(self, number: int, adapter: AdapterState) -> RoundContext:
         """Round ``number`` from this global adapter, with pairs that could never learn again revived."""

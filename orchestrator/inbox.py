@@ -93,7 +93,7 @@ class Inbox:
 
     def used(self) -> list[Used]:
         """What was admitted, in member order, whatever the order of arrival."""
-        return [self._used[member.id] for member in self._fed.members if member.id in self._used]
+        return [self._used[client] for client in sorted(self._used, key=self._fed.places.__getitem__)]
 
     def _emit(self, event: str, client: str, facts: Mapping[str, Any]) -> None:
         self._fed.emit(event, {"round": self.number, "client": client, **facts})

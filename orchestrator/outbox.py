@@ -32,7 +32,6 @@ class Outbox:
         self._decoded: dict[str, tuple[AdapterState, dict[str, Tensor]]] = {}
         self._planned: dict[TrainPlan, str] = {}
         self._expected: dict[tuple[int, str], Expectation] = {}
-        self._members = {member.id: member for member in fed.members}
         self._patches = state.ledger.patches()
         self.given: list[Flight] = []
         self.bytes_down = 0
@@ -47,15 +46,16 @@ class Outbox:
             turn: tells the draws of one round apart.
         """
         fed, fleet = self._fed, self._fed.fleet
-        free = [member for member in fed.members if member.id not in busy]
-        there = [member for member in free if fleet is None or fleet.is_online(member.id, now_s)]
+        there = [member for member in fed.members if member.id not in busy] if busy else fed.members
+        if fleet is not None:
+            there = [member for member in there if fleet.is_online(member.id, now_s)]
         if not there:
             return []
         seed = derive_seed(fed.seed, self._ctx.round, str(turn) if turn else "", "selection")
         draw = Draw(self._ctx.round, seed, count, len(fed.members), self._state.records)
         drawn = set(fed.selector.select(there, draw))
-        required = () if turn else fed.strategy.required
-        return [member for member in free if member.id in drawn or member.id in required]
+        drawn |= {client for client in fed.strategy.required if client not in busy} if not turn else set()
+        return [fed.members[place] for place in sorted(fed.places[client] for client in drawn if client in fed.places)]
 
     def give(self, clients: Sequence[ClientInfo], now_s: float) -> list[Flight]:
         """A flight per client, due where a fleet is simulated."""
@@ -79,7 +79,7 @@ class Outbox:
             payload, patches = self._payloads[flight.received], self._patches[: flight.patches]
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
             task = TrainTask(*which, patches, flight.accepted)
-            client = _at_rank(self._members[flight.client], flight.plan.rank)
+            client = _at_rank(self._fed.members[self._fed.places[flight.client]], flight.plan.rank)
             received, extras = self._decode(flight.received)
             self._expected[key] = Expectation(client, task, received, self._fed.max_update_norm, extras)
         return self._expected[key]
