@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Federation:
         fleet: simulated devices; None where a real clock decides.
         ledger_rank: rank per module the base's patches are recompressed to; None where nothing may be lost.
         emit: called with an event's name and fields.
-        out: (round, client) of the tasks this process has given to the pool and not heard of.
+        out: round of the task each client has from this process and has not answered.
     """
 
     pool: ClientPool
@@ -56,7 +56,7 @@ class Federation:
     schedule: ScheduleConfig
     training: TrainingConfig
     fleet: Fleet | None = None
-    out: set[tuple[int, str]] = field(default_factory=set)
+    out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def places(self) -> Mapping[str, int]:
@@ -70,18 +70,16 @@ class Federation:
 
     def give(self, tasks: Iterable[TrainTask], timeout_s: float | None) -> Iterator[Reply]:
         """Give out those tasks that are not out already, and yield answers as they come."""
-        fresh = [task for task in tasks if (task.round, task.client) not in self.out]
-        self.out.update((task.round, task.client) for task in fresh)
+        fresh = [task for task in tasks if self.out.get(task.client) != task.round]
+        self.out.update((task.client, task.round) for task in fresh)
         for reply in self.pool.train(fresh, timeout_s):
-            self._forget({reply.client})
+            self.out.pop(reply.client, None)
             yield reply
 
     def abandon(self, flights: Iterable[Flight]) -> None:
         """Give up what these clients have out."""
-        clients = {flight.client for flight in flights} & {client for _, client in self.out}
+        clients = {flight.client for flight in flights} & self.out.keys()
         if clients:
             self.pool.abandon(clients)
-            self._forget(clients)
-
-    def _forget(self, clients: Collection[str]) -> None:
-        self.out.difference_update([key for key in self.out if key[1] in clients])
+        for client in clients:
+            del self.out[client]

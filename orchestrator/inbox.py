@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,9 +43,9 @@ class Inbox:
         self.bytes_up = 0
 
     @property
-    def admitted(self) -> set[str]:
+    def admitted(self) -> KeysView[str]:
         """Clients whose update can be used."""
-        return set(self._used)
+        return self._used.keys()
 
     @property
     def answered(self) -> set[str]:

@@ -53,9 +53,10 @@ class Outbox:
             return []
         seed = derive_seed(fed.seed, self._ctx.round, str(turn) if turn else "", "selection")
         draw = Draw(self._ctx.round, seed, count, len(fed.members), self._state.records)
-        drawn = set(fed.selector.select(there, draw))
-        drawn |= {client for client in fed.strategy.required if client not in busy} if not turn else set()
-        return [fed.members[place] for place in sorted(fed.places[client] for client in drawn if client in fed.places)]
+        drawn = {*fed.selector.select(there, draw), *(() if turn else fed.strategy.required)}
+        # a selection from a plug-in may name anybody
+        places = sorted(fed.places[client] for client in drawn if client in fed.places and client not in busy)
+        return [fed.members[place] for place in places]
 
     def give(self, clients: Sequence[ClientInfo], now_s: float) -> list[Flight]:
         """A flight per client, due where a fleet is simulated."""

@@ -112,16 +112,17 @@ def _by_real_clock(
 ) -> Closing:
     out = {flight.client: flight for flight in (*state.flights, *new)}
     fresh = {flight.client for flight in new}
+    awaited = set(fresh)
     begun = time.monotonic()
     limit = fed.schedule.deadline_s
     # a round in which everybody is still out waits for one of them
     needed = min(target, len(fresh)) or min(1, len(out))
     for reply in fed.give(map(outbox.task, out.values()), limit):
         _take(outbox, inbox, out, reply)
-        came = inbox.admitted & fresh if fresh else inbox.admitted
-        if fed.schedule.over_selection > 1 and len(came) >= needed:
+        awaited.discard(reply.client)
+        if fed.schedule.over_selection > 1 and len(inbox.admitted & fresh if fresh else inbox.admitted) >= needed:
             break
-        if not fresh & out.keys() and (fresh or came):
+        if not awaited and (fresh or inbox.admitted):
             break
     for reply in fed.give((), 0.0) if out.keys() - fresh else ():
         _take(outbox, inbox, out, reply)  # from earlier rounds, and here already
