@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from sections import replace_section
 from torch import Tensor
 
 from fedlora.adapter.recompress import truncate_sum
 from fedlora.adapter.state import LowRank
 
-README = Path(__file__).parent / "README.md"
 MiB = 2**20
 Terms = list[tuple[float, LowRank]]
 T = TypeVar("T")
@@ -199,14 +199,6 @@ def report(quick: bool, threads: int, cpu_time: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(section: str) -> None:
-    """Put the section into the README in the place of the one before."""
-    text = README.read_text()
-    before, after = text.split("## Aggregation\n", 1)
-    rest = after.find("\n## ")
-    README.write_text(before + section + ("" if rest < 0 else after[rest:]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four small points")
@@ -222,7 +214,7 @@ def main() -> None:
     section = report(options.quick, options.threads, options.cpu_time)
     sys.stdout.write(section)
     if options.write:
-        write(section)
+        replace_section("## Aggregation", section)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", HF_HUB_OFFLINE="1")
 os.environ.update(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_USAGE_STATS_ENABLED="0")
 
 import numpy as np
+from sections import replace_section
 
-README = Path(__file__).parent / "README.md"
 HEADING = "## Overhead"
 ACTORS, RANK, WARM = 2, 16, 2
 MB = 1e6
@@ -79,7 +79,7 @@ def _played(payload: Payload, clients: int, selected: int) -> Iterator[Iterator[
     """Seconds of one round after the other."""
     from clients.noop import NoopRuntime
     from fedlora.config import parse_config
-    from orchestrator.launch import _federation
+    from orchestrator.opening import open_federation
     from orchestrator.pools.ray import RayPool
     from orchestrator.rounds import play_round
     from orchestrator.state import RunState
@@ -100,7 +100,7 @@ def _played(payload: Payload, clients: int, selected: int) -> Iterator[Iterator[
         }
     )
     with closing(RayPool(config, partial(NoopRuntime, side=payload.side, modules=payload.modules))) as pool:
-        fed, base = _federation(config, pool, lambda event, fields: None)
+        fed, base = open_federation(config, pool, lambda event, fields: None)
 
         def play() -> Iterator[float]:
             state = RunState(0, fed.fresh, {}, config.sha256(), base.fingerprint)
@@ -290,13 +290,6 @@ def _machine() -> str:
     return f"{found.group(1) if found else 'unknown processor'}, {os.cpu_count()} cores, {packages}"
 
 
-def write(section: str) -> None:
-    """Put the section into the README, in the place of the one before if there is one."""
-    before, _, rest = README.read_text().partition(HEADING + "\n")
-    after = rest.find("\n## ")
-    README.write_text(before.rstrip() + "\n\n" + section + ("" if after < 0 else rest[after:]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small numbers")
@@ -309,7 +302,7 @@ def main() -> None:
     section = report(QUICK if options.quick else Sizes())
     sys.stdout.write(section)
     if options.write:
-        write(section)
+        replace_section(HEADING, section)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import typer
+from sections import fill
 
 from fedlora.errors import FedLoRAError
 from orchestrator import launch
@@ -270,10 +271,7 @@ def main(
                 lines.append(f"| {what} | {times} | {outcome} |")
                 typer.echo(lines[-1])
     if write and not only:
-        before, _, rest = DOC.read_text(encoding="utf-8").partition("<!-- faults -->")
-        _, _, after = rest.partition("<!-- /faults -->")
-        text = "\n".join(lines)
-        DOC.write_text(f"{before}<!-- faults -->\n{text}\n<!-- /faults -->{after}", encoding="utf-8")
+        fill(DOC, "faults", "\n".join(lines))
 
 
 if __name__ == "__main__":

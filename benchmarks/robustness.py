@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
+from sections import fill
 from torch import Tensor, nn
 
 from clients.attacks import choose, mount
@@ -34,7 +35,7 @@ from fedlora.data.text import Example
 from fedlora.errors import FedLoRAError
 from fedlora.protocol import TrainTask
 from fedlora.training.model import Base
-from orchestrator.launch import _federation
+from orchestrator.opening import open_federation
 from orchestrator.pools.local import LocalPool
 from orchestrator.rounds import play_round
 from orchestrator.state import RunState
@@ -235,7 +236,7 @@ def play(cell: Cell) -> dict[str, Any]:
     began = time.process_time()
     row: dict[str, Any] = {"key": cell.key, "attack": cell.attack, "share": cell.share, "rule": cell.rule}
     unusable = 0
-    fed, base = _federation(config, SharedPool(config, runtime), lambda event, fields: None)
+    fed, base = open_federation(config, SharedPool(config, runtime), lambda event, fields: None)
     state = RunState(0, fed.fresh, {}, config.sha256(), base.fingerprint)
     finite, refused = True, 0
     try:
@@ -331,12 +332,8 @@ def conclusions(lines_of: Mapping[Cell, Mapping[str, Any] | None], clean: float,
 
 def write(rows: Mapping[str, dict[str, Any]]) -> None:
     """Put the tables between the document's markers."""
-    text = DOC.read_text(encoding="utf-8")
-    for name, converged in (("tables", False), ("converged", True)):
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}<!-- {name} -->\n{tables(rows, converged)}\n<!-- /{name} -->{after}"
-    DOC.write_text(text, encoding="utf-8")
+    for mark, converged in (("tables", False), ("converged", True)):
+        fill(DOC, mark, tables(rows, converged))
 
 
 def main(

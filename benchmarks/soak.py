@@ -20,13 +20,13 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_USAGE_STATS_ENABLED="0")
 
 import ray
+from sections import replace_section
 
 from clients.noop import NoopRuntime
 from fedlora.config import parse_config
 from orchestrator import launch
 from orchestrator.pools.ray import RayPool
 
-README = Path(__file__).parent / "README.md"
 HEADING = "## Soak"
 WARM = 100  # rounds
 
@@ -96,13 +96,6 @@ def report(rounds: int, clients: int, per_round: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(section: str) -> None:
-    """Put the section into the README, in the place of the one before if there is one."""
-    before, _, rest = README.read_text().partition(HEADING + "\n")
-    after = rest.find("\n## ")
-    README.write_text(before.rstrip() + "\n\n" + section + ("" if after < 0 else rest[after:]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small numbers")
@@ -111,7 +104,7 @@ def main() -> None:
     section = report(200, 1000, 100) if options.quick else report(1000, 10_000, 1000)
     sys.stdout.write(section)
     if options.write:
-        write(section)
+        replace_section(HEADING, section)
 
 
 if __name__ == "__main__":

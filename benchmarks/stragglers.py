@@ -18,10 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
+from robustness import SETTINGS as ROBUSTNESS
 from robustness import SharedPool, SharedRuntime
+from sections import fill
 
 from fedlora.config import parse_config
-from orchestrator.launch import _federation
+from orchestrator.opening import open_federation
 from orchestrator.rounds import play_round
 from orchestrator.state import RunState
 
@@ -39,12 +41,7 @@ SETTINGS: Mapping[str, Any] = {
         "partition": {"method": "dirichlet", "alpha": 0.5, "min_rows": 16},
     },
     "clients": {"count": 20, "per_round": 10},
-    "lora": {
-        "r": 8,
-        "lora_alpha": 8,
-        "target_modules": r".*layer\.5\..*(query|value)",
-        "modules_to_save": ["classifier", "pooler"],
-    },
+    "lora": ROBUSTNESS["lora"],  # what its runtime computes once per text lies below these layers
     "training": {
         "learning_rate": 0.003,
         "max_steps": 4,
@@ -80,7 +77,7 @@ def play(schedule: Mapping[str, Any], seed: int) -> dict[str, Any]:
     if seed not in _runtimes:
         _runtimes[seed] = SharedRuntime(config)
     _runtimes[seed].open(config)
-    fed, base = _federation(config, SharedPool(config, _runtimes[seed]), lambda event, fields: None)
+    fed, base = open_federation(config, SharedPool(config, _runtimes[seed]), lambda event, fields: None)
     state = RunState(0, fed.fresh, {}, config.sha256(), base.fingerprint)
     curve, updates, slow = [], 0, 0
     stragglers = {member.id for i, member in enumerate(fed.members) if SPEEDS[i % len(SPEEDS)] < 20}
@@ -137,9 +134,7 @@ def main(
     text = table(seeds)
     typer.echo(text)
     if write:
-        before, _, rest = DOC.read_text(encoding="utf-8").partition("<!-- stragglers -->")
-        _, _, after = rest.partition("<!-- /stragglers -->")
-        DOC.write_text(f"{before}<!-- stragglers -->\n{text}\n<!-- /stragglers -->{after}", encoding="utf-8")
+        fill(DOC, "stragglers", text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.model import AdaptedModel, Base, load_base, quiet_transformers
 from fedlora.training.objective import targets_and_logits
 from orchestrator.checkpoint import load_latest
-from orchestrator.launch import export_adapter, whole_adapter
+from orchestrator.results import export_adapter, whole_adapter
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, writing
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
-import resource
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -23,32 +20,21 @@ from typing import Any
 import torch
 
 import fedlora
-from clients.attacks import build, mount
-from fedlora.adapter.algebra import stack
-from fedlora.adapter.initial import initial_adapter
-from fedlora.adapter.peft import save_directory
-from fedlora.adapter.rank import truncate
-from fedlora.adapter.state import AdapterState, LowRank
-from fedlora.aggregation import compose
-from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, FedLoRAError, LeaseLost, RunFolderError, RunInterrupted
 from fedlora.plugins import Plugin, line_in, load_plugins, read_plugin
-from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, WorkerStats
-from fedlora.training.builtin import resolve
-from fedlora.training.model import TASK_TYPES, check_rank
+from fedlora.protocol import BaseInfo, ClientInfo
 from orchestrator.announce import Announcer
 from orchestrator.checkpoint import commit, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
-from orchestrator.fleet import Fleet
 from orchestrator.lease import Lease, hold, refuse_if_held
+from orchestrator.opening import check_base, describe_members, first_state, open_federation
 from orchestrator.pools import open_pool
 from orchestrator.report import write_report
+from orchestrator.results import finish
 from orchestrator.rounds import play_round
-from orchestrator.scoring import evaluate_global
-from orchestrator.selection import build_selector
-from orchestrator.soundness import check_strategy
+from orchestrator.soundness import check_names
 from orchestrator.state import RunState
 from orchestrator.stores.files import (
     JsonLines,
@@ -58,7 +44,6 @@ from orchestrator.stores.files import (
     read_json,
     read_lines,
     write_json,
-    writing,
 )
 from orchestrator.stores.remote import Mirror, is_url
 
@@ -79,11 +64,7 @@ def run(config: RunConfig, listen: Listener, overwrite: bool = False) -> dict[st
     Raises:
         FedLoRAError: see ``errors`` for what each kind means.
     """
-    load_plugins(config.plugins)
-    compose(config.strategy)  # a misspelt name touches no folder
-    build_selector(config.clients.selection)
-    if config.attack:
-        build(config.attack)
+    check_names(config)  # a misspelt one touches no folder
     if is_url(config.output_dir):
         return _run_elsewhere(config, Mirror(config.output_dir), listen, overwrite)
     folder = Path(config.output_dir)
@@ -215,19 +196,19 @@ def _session(
             if config.pool == "ray":
                 emit("pool_starting", {"pool": config.pool})
             with closing(open_pool(config)) as pool:
-                fed, base = _federation(config, pool, emit)
+                fed, base = open_federation(config, pool, emit)
                 _write_members(folder, fed.members, base)
                 if state is None:
-                    state = _first_state(config, fed, base)
+                    state = first_state(config, fed, base)
                     store(state)
-                _check_base(state, base, folder)
+                check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
                 facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
                 fed.emit("run_started", facts | {"clients": describe_members(fed.members)})
                 while state.round < config.rounds:
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()
-                return _finish(config, folder, state, fed, base, began)
+                return finish(config, folder, state, fed, base, began)
     except KeyboardInterrupt:
         with contextlib.suppress(FedLoRAError):
             state = load_latest(folder)[0]  # a stop may fall between a commit and our hearing of it
@@ -266,154 +247,11 @@ def _commit_round(
     return state
 
 
-def _federation(config: RunConfig, pool: ClientPool, emit: Listener) -> tuple[Federation, BaseInfo]:
-    strategy = compose(config.strategy)
-    members = pool.members()
-    configured = {member.id: member.rank for member in members}
-    ranks, rank = serve_ranks(strategy, configured, config.lora.r)
-    if ranks != configured:
-        emit("ranks_equalised", {"strategy": config.strategy_name, "rank": rank})
-    members = [replace(member, rank=ranks[member.id]) for member in members]
-    base = pool.base()
-    check_strategy(strategy, config, [member.id for member in members], base.merges)
-    check_rank(base.sites, rank)
-    assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
-    if assault:
-        emit("attackers", {"attack": assault.name, "clients": list(assault.group)})
-    init = config.lora.init_lora_weights
-    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, "kaiming" if init is True else str(init))
-    for stats in pool.stats():
-        emit("worker_ready", asdict(stats))
-    fed = Federation(
-        pool=pool,
-        strategy=strategy,
-        members=members,
-        fresh=fresh,
-        seed=config.seed,
-        rounds=config.rounds,
-        rank=rank,
-        per_round=config.clients.per_round,
-        weighting=config.weighting,
-        max_update_norm=config.admission.max_update_norm,
-        evaluate_every=config.evaluation.every,
-        evaluate_clients=config.evaluation.per_client,
-        ledger_rank=config.ledger.max_rank,
-        emit=emit,
-        selector=build_selector(config.clients.selection),
-        schedule=config.schedule,
-        training=config.training,
-        fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
-    )
-    if fed.fleet:
-        emit("fleet", fed.fleet.describe())
-    return fed, base
-
-
-def _first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
-    state = RunState(
-        round=0,
-        adapter=fed.strategy.start(fed.fresh, config.seed),
-        strategy={},
-        config_sha256=config.sha256(),
-        base_fingerprint=base.fingerprint,
-    )
-    scores, _ = evaluate_global(replace(fed, evaluate_clients=False), state)
-    return replace(state, initial=scores)
-
-
-def _check_base(state: RunState, base: BaseInfo, folder: Path) -> None:
-    if state.base_fingerprint != base.fingerprint:
-        raise RunFolderError(
-            f"{folder}: the base model is not the one this run started with (fingerprint {base.fingerprint[:12]},"
-            f" expected {state.base_fingerprint[:12]}); restore it, or start a new run"
-        )
-
-
 def _catch_up_metrics(metrics: JsonLines, state: RunState) -> None:
     """Exactly one line per committed round, wherever a crash fell."""
     metrics.keep(lambda row: row["round"] < state.round)
     if state.row is not None:
         metrics.append(dict(state.row))
-
-
-def _finish(
-    config: RunConfig, folder: Path, state: RunState, fed: Federation, base: BaseInfo, began: float
-) -> dict[str, Any]:
-    weights = export_adapter(state, config, base.task, folder / "adapter")
-    reach("finish.exported", state.round)
-    stats = fed.pool.stats()
-    summary = {
-        "status": "finished",
-        "name": config.name,
-        "strategy": config.strategy_name,
-        "model": config.model.name,
-        "attack": config.attack.model_dump(mode="json") if config.attack else None,
-        "metric": "accuracy" if base.labels else "exact match",
-        "rounds": state.round,
-        "initial": state.initial,
-        "final": state.last,
-        "best": state.best,
-        "bytes_up": state.totals.bytes_up,
-        "bytes_down": state.totals.bytes_down,
-        "wall_s": round(time.perf_counter() - began, 3),
-        "clock_s": round(state.clock_s, 3) if fed.fleet else None,
-        "seconds": {phase: round(value, 3) for phase, value in state.totals.seconds.items()},
-        "train_tokens": state.totals.train_tokens,
-        "peak_rss_mb": round(peak_rss_mb(stats), 1),
-        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "config_sha256": config.sha256(),
-        "base": {
-            "fingerprint": base.fingerprint,
-            "parameters": base.num_parameters,
-            "sites": len(base.sites),
-        },
-        "workers": [asdict(worker) for worker in stats],
-    }
-    write_json(folder / "summary.json", summary)
-    reach("finish.summarised", state.round)
-    fed.emit("run_finished", {"final": state.last, "adapter_sha256": summary["adapter_sha256"]})
-    write_report(folder)
-    return summary
-
-
-def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) -> Path:
-    """Write the global adapter as a PEFT directory.
-
-    Returns:
-        Its weights file.
-    """
-    lora = config.lora
-    with writing(target):
-        save_directory(
-            whole_adapter(state),
-            target,
-            resolve(config.model.name),
-            TASK_TYPES[task],
-            lora.lora_alpha,
-            lora.use_rslora,
-        )
-    return target / "adapter_model.safetensors"
-
-
-def whole_adapter(state: RunState) -> AdapterState:
-    """The adapter that has the run's function on the base as it was loaded: the ledger's patches included.
-
-    A stack larger than its matrix is recompressed to that size, which loses rounding only.
-    """
-    adapter = state.adapter.whole()
-    patches = state.ledger.total()
-
-    def one(path: str, update: LowRank) -> LowRank:
-        total = stack([{path: update}, {path: patches[path]}])[path] if path in patches else update
-        return total if total.rank <= min(total.shape) else truncate(total, min(total.shape))
-
-    return AdapterState({path: one(path, update) for path, update in adapter.modules.items()}, adapter.dense)
-
-
-def peak_rss_mb(stats: Sequence[WorkerStats]) -> float:
-    """Peak resident memory of this process and of the workers that are not this process."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return own + sum(worker.peak_rss_mb for worker in stats if worker.pid != os.getpid())
 
 
 def _edited_plugins(config: RunConfig, folder: Path) -> list[str]:
@@ -443,20 +281,6 @@ def _facts(config: RunConfig, state: RunState | None, plugins: Sequence[Plugin])
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "pid": os.getpid(),
-    }
-
-
-def describe_members(members: Sequence[ClientInfo]) -> dict[str, Any]:
-    """The partition in a few numbers: clients, rows, ranks."""
-    rows = sorted(member.num_examples for member in members)
-    counts = Counter(member.rank for member in members)
-    return {
-        "count": len(rows),
-        "rows": sum(rows),
-        "smallest": rows[0],
-        "median": rows[len(rows) // 2],
-        "largest": rows[-1],
-        "ranks": {str(rank): counts[rank] for rank in sorted(counts)},
     }
 
 

@@ -2,11 +2,22 @@
 
 from collections.abc import Sequence
 
-from fedlora.aggregation import Strategy
+from clients.attacks import build
+from fedlora.aggregation import Strategy, compose
 from fedlora.aggregation.wrapper import described
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, nearest
-from orchestrator.selection import how_many
+from fedlora.plugins import load_plugins
+from orchestrator.selection import build_selector, how_many
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise ``ConfigError`` for whatever a configuration names and nobody knows: quick, and nothing is touched."""
+    load_plugins(config.plugins)
+    compose(config.strategy)
+    build_selector(config.clients.selection)
+    if config.attack:
+        build(config.attack)
 
 
 def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str], merges: bool) -> None:

@@ -33,11 +33,9 @@ from tenacity import (
     wait_fixed,
 )
 
-from fedlora.aggregation import compose
 from fedlora.config import load_config
 from fedlora.errors import ConfigError, DataError, FedLoRAError, ModelError, RoundError, RunFolderError, RunInterrupted
-from fedlora.plugins import load_plugins
-from orchestrator.selection import build_selector
+from orchestrator.soundness import check_names
 
 HEAD_BACK_S = 300.0  # how long a cluster that stops answering may take to come back
 STOP_S = 30  # what Ray grants a stopped job before it kills it; its own 3 s are short for a round under way
@@ -84,9 +82,7 @@ def prepare(config: Path, overrides: Sequence[str], working_dir: Path) -> Order:
         ConfigError: with every problem of it, or if it is not in ``working_dir``.
     """
     settings = load_config(config, overrides)
-    load_plugins(settings.plugins)
-    compose(settings.strategy)
-    build_selector(settings.clients.selection)
+    check_names(settings)
     working_dir = working_dir.resolve()
     if not config.resolve().is_relative_to(working_dir):
         raise ConfigError(

@@ -304,7 +304,7 @@ def test_a_clients_own_parts_follow_its_rank(tmp_path: Path) -> None:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs, and has tests of its own."""
-    monkeypatch.setattr(launch, "write_report", lambda folder: None)
+    monkeypatch.setattr("orchestrator.results.write_report", lambda folder: None)
 
 
 @pytest.mark.usefixtures("no_report")

@@ -13,8 +13,8 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.protocol import ClientPool
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
-from orchestrator.launch import whole_adapter
 from orchestrator.pools.ray import RayPool
+from orchestrator.results import whole_adapter
 from tests.conftest import quiet, toy_config
 from tests.pools import PoolSuite, tasks_for
 

@@ -17,8 +17,10 @@ from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo
 from orchestrator.cli import app
-from orchestrator.launch import _federation, run, whole_adapter
+from orchestrator.launch import run
+from orchestrator.opening import open_federation
 from orchestrator.pools.local import LocalPool
+from orchestrator.results import whole_adapter
 from orchestrator.rounds import play_round
 from orchestrator.state import RunState
 from orchestrator.validate import validate
@@ -67,7 +69,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
 def test_nan_never_reaches_the_global_adapter_and_the_attackers_are_named(name: str, attacked: Attacked) -> None:
     config = attacked.config.model_copy(update={"strategy": STACKS[name], "rounds": 2})
     events: list[tuple[str, Mapping[str, Any]]] = []
-    fed, base = _federation(config, attacked.pool, lambda event, fields: events.append((event, fields)))
+    fed, base = open_federation(config, attacked.pool, lambda event, fields: events.append((event, fields)))
     state = RunState(0, fed.strategy.start(fed.fresh, config.seed), {}, config.sha256(), base.fingerprint)
     for _ in range(2):
         state = play_round(fed, state)

@@ -1,0 +1,108 @@
+"""What is fixed before the first round: the federation of a configuration on a pool, and the state it starts from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from clients.attacks import mount
+from fedlora.adapter.initial import initial_adapter
+from fedlora.aggregation import compose
+from fedlora.aggregation.combine import serve_ranks
+from fedlora.config import RunConfig
+from fedlora.errors import RunFolderError
+from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
+from fedlora.training.model import check_rank
+from orchestrator.federation import Emit, Federation
+from orchestrator.fleet import Fleet
+from orchestrator.scoring import evaluate_global
+from orchestrator.selection import build_selector
+from orchestrator.soundness import check_strategy
+from orchestrator.state import RunState
+
+
+def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Federation, BaseInfo]:
+    """What stays the same from round to round, checked as a whole before anything is trained.
+
+    Raises:
+        ConfigError: for parts of a configuration that do not fit each other, the data or the model.
+    """
+    strategy = compose(config.strategy)
+    members = pool.members()
+    configured = {member.id: member.rank for member in members}
+    ranks, rank = serve_ranks(strategy, configured, config.lora.r)
+    if ranks != configured:
+        emit("ranks_equalised", {"strategy": config.strategy_name, "rank": rank})
+    members = [replace(member, rank=ranks[member.id]) for member in members]
+    base = pool.base()
+    check_strategy(strategy, config, [member.id for member in members], base.merges)
+    check_rank(base.sites, rank)
+    assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
+    if assault:
+        emit("attackers", {"attack": assault.name, "clients": list(assault.group)})
+    init = config.lora.init_lora_weights
+    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, "kaiming" if init is True else str(init))
+    for stats in pool.stats():
+        emit("worker_ready", asdict(stats))
+    fed = Federation(
+        pool=pool,
+        strategy=strategy,
+        members=members,
+        fresh=fresh,
+        seed=config.seed,
+        rounds=config.rounds,
+        rank=rank,
+        per_round=config.clients.per_round,
+        weighting=config.weighting,
+        max_update_norm=config.admission.max_update_norm,
+        evaluate_every=config.evaluation.every,
+        evaluate_clients=config.evaluation.per_client,
+        ledger_rank=config.ledger.max_rank,
+        emit=emit,
+        selector=build_selector(config.clients.selection),
+        schedule=config.schedule,
+        training=config.training,
+        fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
+    )
+    if fed.fleet:
+        emit("fleet", fed.fleet.describe())
+    return fed, base
+
+
+def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
+    """The state before the first round, scored."""
+    state = RunState(
+        round=0,
+        adapter=fed.strategy.start(fed.fresh, config.seed),
+        strategy={},
+        config_sha256=config.sha256(),
+        base_fingerprint=base.fingerprint,
+    )
+    scores, _ = evaluate_global(replace(fed, evaluate_clients=False), state)
+    return replace(state, initial=scores)
+
+
+def check_base(state: RunState, base: BaseInfo, folder: Path) -> None:
+    """Raise ``RunFolderError`` where a run would go on with another model than it started with."""
+    if state.base_fingerprint != base.fingerprint:
+        raise RunFolderError(
+            f"{folder}: the base model is not the one this run started with (fingerprint {base.fingerprint[:12]},"
+            f" expected {state.base_fingerprint[:12]}); restore it, or start a new run"
+        )
+
+
+def describe_members(members: Sequence[ClientInfo]) -> dict[str, Any]:
+    """The partition in a few numbers: clients, rows, ranks."""
+    rows = sorted(member.num_examples for member in members)
+    counts = Counter(member.rank for member in members)
+    return {
+        "count": len(rows),
+        "rows": sum(rows),
+        "smallest": rows[0],
+        "median": rows[len(rows) // 2],
+        "largest": rows[-1],
+        "ranks": {str(rank): counts[rank] for rank in sorted(counts)},
+    }

@@ -1,0 +1,107 @@
+"""What a run leaves when it has ended: its adapter, its summary, its report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapter.algebra import stack
+from fedlora.adapter.peft import save_directory
+from fedlora.adapter.rank import truncate
+from fedlora.adapter.state import AdapterState, LowRank
+from fedlora.config import RunConfig
+from fedlora.protocol import BaseInfo, WorkerStats
+from fedlora.training.builtin import resolve
+from fedlora.training.model import TASK_TYPES
+from orchestrator.failpoints import reach
+from orchestrator.federation import Federation
+from orchestrator.report import write_report
+from orchestrator.state import RunState
+from orchestrator.stores.files import write_json, writing
+
+
+def finish(
+    config: RunConfig, folder: Path, state: RunState, fed: Federation, base: BaseInfo, began: float
+) -> dict[str, Any]:
+    """Write the adapter, the summary and the report; returns the summary."""
+    weights = export_adapter(state, config, base.task, folder / "adapter")
+    reach("finish.exported", state.round)
+    stats = fed.pool.stats()
+    summary = {
+        "status": "finished",
+        "name": config.name,
+        "strategy": config.strategy_name,
+        "model": config.model.name,
+        "attack": config.attack.model_dump(mode="json") if config.attack else None,
+        "metric": "accuracy" if base.labels else "exact match",
+        "rounds": state.round,
+        "initial": state.initial,
+        "final": state.last,
+        "best": state.best,
+        "bytes_up": state.totals.bytes_up,
+        "bytes_down": state.totals.bytes_down,
+        "wall_s": round(time.perf_counter() - began, 3),
+        "clock_s": round(state.clock_s, 3) if fed.fleet else None,
+        "seconds": {phase: round(value, 3) for phase, value in state.totals.seconds.items()},
+        "train_tokens": state.totals.train_tokens,
+        "peak_rss_mb": round(peak_rss_mb(stats), 1),
+        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "config_sha256": config.sha256(),
+        "base": {
+            "fingerprint": base.fingerprint,
+            "parameters": base.num_parameters,
+            "sites": len(base.sites),
+        },
+        "workers": [asdict(worker) for worker in stats],
+    }
+    write_json(folder / "summary.json", summary)
+    reach("finish.summarised", state.round)
+    fed.emit("run_finished", {"final": state.last, "adapter_sha256": summary["adapter_sha256"]})
+    write_report(folder)
+    return summary
+
+
+def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) -> Path:
+    """Write the global adapter as a PEFT directory.
+
+    Returns:
+        Its weights file.
+    """
+    lora = config.lora
+    with writing(target):
+        save_directory(
+            whole_adapter(state),
+            target,
+            resolve(config.model.name),
+            TASK_TYPES[task],
+            lora.lora_alpha,
+            lora.use_rslora,
+        )
+    return target / "adapter_model.safetensors"
+
+
+def whole_adapter(state: RunState) -> AdapterState:
+    """The adapter that has the run's function on the base as it was loaded: the ledger's patches included.
+
+    A stack larger than its matrix is recompressed to that size, which loses rounding only.
+    """
+    adapter = state.adapter.whole()
+    patches = state.ledger.total()
+
+    def one(path: str, update: LowRank) -> LowRank:
+        total = stack([{path: update}, {path: patches[path]}])[path] if path in patches else update
+        return total if total.rank <= min(total.shape) else truncate(total, min(total.shape))
+
+    return AdapterState({path: one(path, update) for path, update in adapter.modules.items()}, adapter.dense)
+
+
+def peak_rss_mb(stats: Sequence[WorkerStats]) -> float:
+    """Peak resident memory of this process and of the workers that are not this process."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return own + sum(worker.peak_rss_mb for worker in stats if worker.pid != os.getpid())
