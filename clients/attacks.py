@@ -18,20 +18,17 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fedlora.config import AttackConfig, TrainingConfig
+from fedlora.config import AttackConfig
 from fedlora.data.text import Example
 from fedlora.errors import ConfigError, nearest
 from fedlora.protocol import TrainTask
 from fedlora.registry import Registry
 from fedlora.seeds import derive_seed
-from fedlora.training.batches import steps_of
-from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import LocalResult
 
 Delta = Mapping[str, Tensor]
 
@@ -343,17 +340,6 @@ def choose(who: float | Sequence[str], clients: Sequence[str], seed: int) -> tup
                 raise ConfigError(f"attack.clients: {client} is not registered{nearest(client, clients)}")
         chosen = set(who)
     return tuple(client for client in clients if client in chosen)
-
-
-def pretend(model: Any, examples: Sequence[Example], options: TrainingConfig, pad_token_id: int) -> LocalResult:
-    """What a client that does not train reports: the work it was asked for, and a loss after one look at a batch."""
-    size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
-    batch = examples[:size]
-    seen = evaluate(model, batch, size, pad_token_id, next(model.parameters()).device).loss
-    steps = steps_of(len(examples), size, accumulation, options.max_steps, options.num_train_epochs)
-    rows = steps * accumulation * min(size, len(examples))
-    tokens = rows * sum(len(example.input_ids) for example in batch) // len(batch)
-    return LocalResult(steps, tokens, rows, 0.95 * seen, seen)  # a loss that did not fall would give it away
 
 
 def _noise(like: Delta, seed: int) -> dict[str, Tensor]:

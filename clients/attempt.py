@@ -39,6 +39,13 @@ class Runtime(Protocol):
 OpenRuntime = Callable[[RunConfig, int], Runtime]  # from a configuration and torch threads; importable by its name
 
 
+def open_runtime(config: RunConfig, threads: int) -> Runtime:
+    """The runtime that trains. Importing it brings PEFT and transformers, which only a worker needs."""
+    from clients.runtime import ClientRuntime
+
+    return ClientRuntime(config, threads)
+
+
 def attempt(runtime: Runtime, task: TrainTask) -> Reply:
     """The client's answer; an exception is an answer too, with its traceback where it is not one of ours."""
     start = time.perf_counter()

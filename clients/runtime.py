@@ -8,26 +8,29 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clients.attacks import Assault, mount, pretend
+from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
-from fedlora.adapter.peft import extract, insert, scale
+from fedlora.adapter.directory import scale
+from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
 from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
 from fedlora.aggregation.combine import make_delta, part_of
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, TrainingConfig
 from fedlora.data.partition import Corpus, open_corpus
 from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
+from fedlora.training.batches import steps_of
 from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import LocalWork, train
+from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Answer, MethodStack, fitted, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, check_length, load_base
 
@@ -129,7 +132,7 @@ class ClientRuntime:
             result = train(work)
             answer = methods.finish({key: tensor.detach() for key, tensor in parameters.items()}, result.memory)
         else:
-            result = pretend(model, examples, options, pad_token_id)
+            result = _pretend(model, examples, options, pad_token_id)
             answer = Answer({name: torch.zeros_like(tensor) for name, tensor in extras.items()})
         metrics = {
             "loss": result.loss,
@@ -298,3 +301,14 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
         use_dora=lora.use_dora,
         modules_to_save=tuple(lora.modules_to_save) if lora.modules_to_save else None,
     )
+
+
+def _pretend(model: Any, examples: Sequence[Example], options: TrainingConfig, pad_token_id: int) -> LocalResult:
+    """What an attacker that does not train reports: the work it was asked for, and a loss after a look at a batch."""
+    size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    batch = examples[:size]
+    seen = evaluate(model, batch, size, pad_token_id, next(model.parameters()).device).loss
+    steps = steps_of(len(examples), size, accumulation, options.max_steps, options.num_train_epochs)
+    rows = steps * accumulation * min(size, len(examples))
+    tokens = rows * sum(len(example.input_ids) for example in batch) // len(batch)
+    return LocalResult(steps, tokens, rows, 0.95 * seen, seen)  # a loss that did not fall would give it away

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from clients.attacks import mount
-from fedlora.adapter.initial import initial_adapter
+from fedlora.adapter.initial import check_rank, initial_adapter
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.errors import RunFolderError
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
-from fedlora.training.model import check_rank
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
 from orchestrator.scoring import evaluate_global

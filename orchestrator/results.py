@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapter.algebra import stack
-from fedlora.adapter.peft import save_directory
+from fedlora.adapter.directory import TASK_TYPES, save_directory
 from fedlora.adapter.rank import truncate
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.config import RunConfig
 from fedlora.protocol import BaseInfo, WorkerStats
 from fedlora.training.builtin import resolve
-from fedlora.training.model import TASK_TYPES
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
 from orchestrator.report import write_report

@@ -10,7 +10,7 @@ from fedlora.adapter.wire import decode_update
 from fedlora.errors import RunFolderError
 from fedlora.protocol import ClientUpdate
 
-_IN_MEMORY = 512 << 20  # bytes
+_IN_MEMORY = 1 << 30  # bytes
 
 
 class Spool:

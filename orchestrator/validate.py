@@ -10,13 +10,14 @@ import torch
 from clients.attacks import build, mount
 from clients.ranks import assign_ranks
 from clients.runtime import adapter_spec, base_spec, task_of
+from fedlora.adapter.initial import check_rank
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.data.partition import open_corpus
 from fedlora.errors import FedLoRAError
 from fedlora.plugins import load_plugins
-from fedlora.training.model import check_length, check_rank, device_of, dtype_of, find_saved, find_sites, outline
+from fedlora.training.model import check_length, device_of, dtype_of, find_saved, find_sites, outline
 from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
 from orchestrator.selection import build_selector

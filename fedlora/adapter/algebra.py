@@ -111,4 +111,7 @@ def _combine(states: Iterable[AdapterState], weights: Iterable[float]) -> Adapte
 
 def _accumulate(total: dict[str, Tensor], tensors: Mapping[str, Tensor], weight: float) -> None:
     for name, tensor in tensors.items():
-        total[name] = total[name] + tensor * weight if name in total else tensor * weight
+        if name in total:
+            total[name].add_(tensor, alpha=weight)
+        else:
+            total[name] = tensor * weight

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter.state import AdapterState, LowRank
-from fedlora.errors import RankError
+from fedlora.errors import ModelError, RankError
 from fedlora.seeds import derive_seed
 
 INITS = ("kaiming", "gaussian", "orthogonal")
@@ -48,3 +48,12 @@ def initial_adapter(
             A = A / math.sqrt(rank) if init == "gaussian" else torch.linalg.qr(A.T.double()).Q.T.float()
         modules[path] = LowRank(torch.zeros(rows, rank), A.contiguous())
     return AdapterState(modules, {name: tensor.detach().clone() for name, tensor in dense.items()})
+
+
+def check_rank(sites: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """Raise ``ModelError`` if a rank is larger than a layer it is meant for."""
+    for path, size in sites.items():
+        if rank > min(size):
+            raise ModelError(
+                f"{path}: rank {rank} is larger than the layer ({size[0]} x {size[1]}); use at most {min(size)}"
+            )

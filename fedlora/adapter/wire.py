@@ -11,9 +11,9 @@ import struct
 import sys
 import warnings
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,7 +24,9 @@ from fedlora.protocol import ClientUpdate
 SCHEMA = 1
 MAX_HEADER_BYTES = 8 << 20
 _EXTRA = "+"  # no module path starts with it
-_DTYPES = {"F32": (torch.float32, 4), "F64": (torch.float64, 8), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
+# in the order in which safetensors writes them: the widest first, so that every value is aligned
+_DTYPES = {"F64": (torch.float64, 8), "F32": (torch.float32, 4), "BF16": (torch.bfloat16, 2), "F16": (torch.float16, 2)}
+_PLACES = {dtype: (place, name) for place, (name, (dtype, _)) in enumerate(_DTYPES.items())}
 
 with warnings.catch_warnings():
     # said once per process: that a message is read-only, which is as it should be
@@ -58,7 +60,7 @@ def decode_parcel(payload: bytes) -> tuple[AdapterState, dict[str, Tensor]]:
         WireError: if the bytes are not an adapter message of a known schema.
     """
     _, entries = _decode(payload, "adapter")
-    tensors, extras = _parted({name: _view(payload, entry).clone() for name, entry in entries.items()})
+    tensors, extras = _parted({name: view.clone() for name, view in _views(payload, entries).items()})
     try:
         return AdapterState.from_tensors(tensors), extras
     except AdapterError as error:
@@ -97,7 +99,7 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
     if max_bytes is not None and len(payload) > max_bytes:
         raise WireError(f"message of {len(payload)} bytes; at most {max_bytes} were expected")
     note, entries = _decode(payload, "update")
-    tensors = {name: _view(payload, entry) for name, entry in entries.items()}
+    tensors = _views(payload, entries)
     for key, kind in (
         ("client", str),
         ("round", int),
@@ -140,15 +142,19 @@ def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
-    ready: dict[str, Tensor] = {}
-    taken = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory
-        ready[name] = plain.clone() if plain.untyped_storage().data_ptr() in taken else plain
-        taken.add(plain.untyped_storage().data_ptr())
-    text = json.dumps({"schema": SCHEMA, **note}, sort_keys=True)
-    return safetensors.torch.save(ready, {"fedlora": text})
+    """The bytes of ``safetensors.torch.save``, whose own writer copies every value three times on the way."""
+    header: dict[str, Any] = {"__metadata__": {"fedlora": json.dumps({"schema": SCHEMA, **note}, sort_keys=True)}}
+    values, end = [], 0
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in _PLACES]:
+        raise WireError(f"{strange[0]}: tensors of {tensors[strange[0]].dtype} do not travel; make it float32")
+    for name, tensor in sorted(tensors.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])):
+        start, end = end, end + tensor.element_size() * tensor.numel()
+        header[name] = {"dtype": _PLACES[tensor.dtype][1], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        # as bytes, since numpy lacks bfloat16
+        values.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *values])
 
 
 def _decode(payload: bytes | memoryview, kind: str) -> tuple[dict[str, Any], dict[str, _Entry]]:
@@ -161,20 +167,27 @@ def _decode(payload: bytes | memoryview, kind: str) -> tuple[dict[str, Any], dic
     return note, entries
 
 
-def _view(payload: bytes | memoryview, entry: _Entry) -> Tensor:
-    """A tensor of a message whose header has been checked, in float32; without a copy if it came so."""
-    if not entry.numel:
-        return torch.zeros(entry.shape)
-    flat = torch.frombuffer(payload, dtype=entry.dtype, count=entry.numel, offset=entry.start)
-    return flat.reshape(entry.shape).to(torch.float32)
+def _views(payload: bytes | memoryview, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The tensors of a message whose header has been checked, in float32; without a copy if they came so."""
+    views: dict[str, Tensor] = {}
+    for dtype, group in groupby(entries.items(), key=lambda item: item[1].dtype):
+        run = list(group)  # they lie one after the other
+        counts = [entry.numel for _, entry in run]
+        flat = torch.empty(0)
+        if sum(counts):
+            flat = torch.frombuffer(payload, dtype=dtype, count=sum(counts), offset=run[0][1].start).to(torch.float32)
+        for (name, entry), part in zip(run, torch.split(flat, counts), strict=True):
+            views[name] = part.view(entry.shape)
+    return views
 
 
 def _count(shape: Any) -> int:
     """Values in a tensor of this shape. A product of anything else can overflow, or take minutes."""
     if not isinstance(shape, list) or len(shape) > 8:
         raise ValueError("not a shape")
-    if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
-        raise ValueError("not a shape")
+    for size in shape:
+        if type(size) is not int or not 0 <= size < 1 << 40:
+            raise ValueError("not a shape")
     return math.prod(shape)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter.algebra import stack
+from fedlora.adapter.directory import TASK_TYPES
 from fedlora.adapter.peft import extract
 from fedlora.adapter.state import LowRank
 from fedlora.errors import ModelError, nearest
@@ -30,7 +31,6 @@ from fedlora.training.base_patches import SideUpdates, base_layer, merge, takes_
 from fedlora.training.builtin import resolve
 
 HEADS = ("classifier", "score", "classification_head")
-TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
 _HALF_DONE = (Patch("half done", b""),)
@@ -257,15 +257,6 @@ def find_sites(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tupl
             )
         chosen |= found
     return chosen
-
-
-def check_rank(sites: Mapping[str, tuple[int, int]], rank: int) -> None:
-    """Raise ``ModelError`` if a rank is larger than a layer it is meant for."""
-    for path, size in sites.items():
-        if rank > min(size):
-            raise ModelError(
-                f"{path}: rank {rank} is larger than the layer ({size[0]} x {size[1]}); use at most {min(size)}"
-            )
 
 
 def check_length(model: Any, max_length: int) -> None:

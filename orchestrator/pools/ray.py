@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from clients.attempt import OpenRuntime
-from clients.runtime import ClientRuntime
+from clients.attempt import OpenRuntime, open_runtime
 from fedlora.config import RunConfig
 from fedlora.errors import FedLoRAError
 from fedlora.plugins import load_plugins
@@ -89,7 +88,7 @@ class _Out:
 class RayPool:
     """Actors that each hold one copy of the base."""
 
-    def __init__(self, config: RunConfig, runtime: OpenRuntime = ClientRuntime):
+    def __init__(self, config: RunConfig, runtime: OpenRuntime = open_runtime):
         self._config = config
         self._out, self._shelf = _Out(), Shelf()
         self._pace = {TrainTask: Pace(), EvalTask: Pace()}

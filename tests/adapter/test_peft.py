@@ -19,7 +19,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedlora.adapter.peft import extract, insert, load_directory, save_directory, scale, set_trainable
+from fedlora.adapter.directory import load_directory, save_directory, scale
+from fedlora.adapter.peft import extract, insert, set_trainable
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.errors import AdapterError
 

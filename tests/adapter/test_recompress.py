@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -35,13 +33,8 @@ AS_PRODUCT = 64  # clients of rank 10: more than twice as many components as row
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/aggregation.py, which is a script."""
-    spec = importlib.util.spec_from_file_location("aggregation", Path("benchmarks/aggregation.py").resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "aggregation", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend("benchmarks")
+    return importlib.import_module("aggregation")
 
 
 @pytest.fixture(autouse=True)
@@ -409,14 +402,3 @@ def test_the_benchmark_compares_both_arms_on_the_same_clients(benchmark: ModuleT
     table = grid.table().splitlines()
     assert table[2] == "| 96 | 4 | 3 | 12 | 1000 | 1000 | 1000 | 2 | 1.0000 | 1.0000 |"
     assert table[-1] == "Smallest ratio of the times 2, largest error 1.0000."
-
-
-def test_the_benchmark_replaces_its_own_section_of_the_readme(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# Benchmarks\n\n## Aggregation\n\nold\n\n## Other\n\nkept\n")
-    monkeypatch.setattr(benchmark, "README", readme)
-    for section in ("## Aggregation\n\nnew\n", "## Aggregation\n\nnewer\n"):
-        benchmark.write(section)
-    assert readme.read_text() == "# Benchmarks\n\n## Aggregation\n\nnewer\n\n## Other\n\nkept\n"

@@ -140,6 +140,30 @@ def test_other_precisions_arrive_as_float32(dtype: torch.dtype) -> None:
         assert torch.equal(back[name], tensor.float())
 
 
+def test_a_message_is_byte_for_byte_what_safetensors_writes() -> None:
+    tensors = {
+        "b:A": torch.randn(3, 4),
+        'Träger "x"\n:B': torch.randn(4, 3).T,
+        ":wide": torch.randn(5, dtype=torch.float64),
+        ":half": torch.randn(7).half(),
+        ":brain": torch.randn(3).bfloat16(),
+        ":one": torch.tensor(3.0),
+        ":none": torch.zeros(0, 3),
+    }
+    payload = encode_update("Zoë", 1, "", tensors, 1, {})
+    note = {"client": "Zoë", "kind": "update", "metrics": {}, "num_examples": 1, "received": "", "round": 1}
+    text = json.dumps({**note, "schema": 1}, sort_keys=True)
+    theirs = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert payload == safetensors.torch.save(theirs, {"fedlora": text})
+    back = decode_update(payload).delta
+    assert all(torch.equal(back[name], tensor.float()) for name, tensor in tensors.items())
+
+
+def test_a_tensor_that_is_no_number_of_ours_is_not_sent() -> None:
+    with pytest.raises(WireError, match="seen: tensors of torch.int64 do not travel; make it float32"):
+        encode_adapter(AdapterState(), {"seen": torch.arange(3)})
+
+
 def test_an_empty_adapter_and_an_update_without_tensors_are_messages() -> None:
     assert decode_adapter(encode_adapter(AdapterState())).tensors() == {}
     assert decode_update(encode_update("c3", 1, "", {}, 1, {})).delta == {}

@@ -49,6 +49,10 @@ class Replay:
 ATTACKS: dict[str, tuple[Any, str]] = {
     "NaN": (lambda: with_delta(lambda d: d["layer:A"][0, 0].fill_(float("nan"))), "not finite"),
     "infinite": (lambda: with_delta(lambda d: d[":head"].fill_(float("inf"))), "not finite"),
+    "squares that float32 cannot hold": (
+        lambda: with_delta(lambda d: d["layer:A"][0, 0].fill_(1e25)),
+        "norm of the change is 1e+25",
+    ),
     "wrong shape": (lambda: with_delta(lambda d: d.update({"layer:B": torch.ones(4, 20)})), "expected [20, 4]"),
     "extra key": (lambda: with_delta(lambda d: d.update({"other:B": torch.ones(1, 1)})), "was not asked for"),
     "missing key": (lambda: with_delta(lambda d: d.pop("layer:A")), "is missing"),

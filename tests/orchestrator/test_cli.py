@@ -1,6 +1,8 @@
 """The command line: what a user types, and what a user's mistake looks like."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,10 +251,16 @@ def test_commands_on_something_that_is_no_run_name_the_runs_nearby(fedlora, fini
 
 
 def test_the_help_does_not_wait_for_torch() -> None:
-    import subprocess
-    import sys
+    assert imported_by("orchestrator.cli") & {"torch", "transformers", "ray", "pydantic"} == set()
 
-    heavy = "{'torch', 'transformers', 'ray', 'pydantic'}"
-    code = f"import sys, orchestrator.cli; print({heavy} & set(sys.modules))"
+
+def test_the_driver_of_a_run_on_ray_has_no_need_of_what_trains() -> None:
+    modules = imported_by("orchestrator.launch", "orchestrator.pools.ray")
+    assert modules & {"transformers", "peft", "datasets", "bitsandbytes"} == set()
+
+
+def imported_by(*names: str) -> set[str]:
+    """Every module that a fresh process has after importing these."""
+    code = f"import sys, {', '.join(names)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    return set(done.stdout.split())

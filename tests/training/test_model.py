@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from fedlora.adapter.initial import initial_adapter
+from fedlora.adapter.initial import check_rank, initial_adapter
 from fedlora.adapter.peft import extract, insert, set_trainable
 from fedlora.errors import ModelError
 from fedlora.training.model import (
     AdaptedModel,
     AdapterSpec,
     BaseSpec,
-    check_rank,
     find_sites,
     fingerprint,
     load_base,
