@@ -136,6 +136,7 @@ class ClientUpdate:
         num_examples: rows of the client that can be learned from, the aggregation weight.
         metrics: finite numbers, such as ``loss``, ``steps``, ``tokens``.
         wire_bytes: size of the message as it travelled.
+        norm: Frobenius norm of all its tensors together, summed in float32: infinite from about 1e19 on.
     """
 
     client: str
@@ -145,6 +146,7 @@ class ClientUpdate:
     num_examples: int
     metrics: Mapping[str, float]
     wire_bytes: int
+    norm: float
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -19,34 +19,47 @@ _LARGEST_METRIC = 1e12  # anything above is not a measurement, and sums of it ov
 
 
 @dataclass(frozen=True, eq=False)
+class Form:
+    """What the tensors of an answer must look like; clients with equal plans share one.
+
+    Attributes:
+        received: the adapter that was sent, decoded.
+        send: the parts that travel back.
+        extras: the strategy's extra tensors that were sent.
+    """
+
+    received: AdapterState
+    send: frozenset[str]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor that travels back, without extras."""
+        flat = self.received.tensors()
+        return {name: tuple(t.shape) for name, t in flat.items() if part_of(name) in self.send}
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """About the size of an answer."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        return 4 * (sum(sizes) + sum(t.numel() for t in self.extras.values()))
+
+
+@dataclass(frozen=True, eq=False)
 class Expectation:
     """What the answer to one task must look like.
 
     Attributes:
         client: who was asked; ``num_examples`` it registered is the most it may claim.
         task: what was asked.
-        received: the adapter it was sent, decoded.
+        form: of the tensors.
         max_norm: largest Frobenius norm of its change.
-        extras: the strategy's extra tensors it was sent.
     """
 
     client: ClientInfo
     task: TrainTask
-    received: AdapterState
+    form: Form
     max_norm: float
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @functools.cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor that travels back."""
-        flat = self.received.tensors()
-        return {name: tuple(t.shape) for name, t in flat.items() if part_of(name) in self.task.plan.send}
-
-    @property
-    def num_bytes(self) -> int:
-        """About the size of the answer."""
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        return 4 * (sum(sizes) + sum(t.numel() for t in self.extras.values()))
 
 
 def admit(payload: bytes | memoryview, expected: Expectation) -> ClientUpdate:
@@ -56,7 +69,7 @@ def admit(payload: bytes | memoryview, expected: Expectation) -> ClientUpdate:
         UpdateRefused: with the first reason found. It costs that client's update of this round, never more.
     """
     try:
-        update = decode_update(payload, max_bytes=2 * expected.num_bytes + _SLACK)
+        update = decode_update(payload, max_bytes=2 * expected.form.num_bytes + _SLACK)
     except WireError as error:
         raise UpdateRefused(f"not a valid message: {error}") from error
     task = expected.task
@@ -71,23 +84,25 @@ def admit(payload: bytes | memoryview, expected: Expectation) -> ClientUpdate:
     for name, value in update.metrics.items():
         if abs(value) > _LARGEST_METRIC:
             raise UpdateRefused(f"metric {name!r:.80} is {value:.3g}, above {_LARGEST_METRIC:g}")
-    _check(update.delta, expected.shapes, "tensor")
-    _check(update.extras, {name: tuple(t.shape) for name, t in expected.extras.items()}, "extra tensor")
-    norms = {name: _norm(tensor) for name, tensor in _sent(update)}
-    for name, norm in norms.items():
-        if not math.isfinite(norm):
-            raise UpdateRefused(f"{name} has values that are not finite")
-    norm = math.hypot(*norms.values())
+    _check(update.delta, expected.form.shapes, "tensor")
+    _check(update.extras, {name: tuple(t.shape) for name, t in expected.form.extras.items()}, "extra tensor")
+    norm = update.norm if math.isfinite(update.norm) else _large_norm(update)
     if norm > expected.max_norm:
         raise UpdateRefused(f"norm of the change is {norm:.3g}, above admission.max_update_norm={expected.max_norm:g}")
     return update
 
 
-def _norm(tensor: Tensor) -> float:
-    """Frobenius norm of float32 values; finite exactly if all of them are."""
-    norm = float(torch.linalg.vector_norm(tensor))
-    # squares overflow float32 long before the values do; float64 takes twice the time
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+def _large_norm(update: ClientUpdate) -> float:
+    """Frobenius norm in float64, where it is finite exactly if all values are.
+
+    Raises:
+        UpdateRefused: naming the first tensor with one that is not.
+    """
+    norms = {name: float(torch.linalg.vector_norm(t, dtype=torch.float64)) for name, t in _sent(update)}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            raise UpdateRefused(f"{name} has values that are not finite")
+    return math.hypot(*norms.values())
 
 
 def _sent(update: ClientUpdate) -> Iterator[tuple[str, Tensor]]:

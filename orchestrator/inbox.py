@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import Contribution
 from fedlora.aggregation.cohort import Pending
 from fedlora.aggregation.combine import apply_delta
@@ -75,9 +78,10 @@ class Inbox:
             return
         weight = float(update.num_examples) if self._fed.weighting == "examples" else 1.0
         staleness = self.number - flight.round
-        load = partial(_contribution, expected, weight, staleness, self._spool.put(reply.payload, update))
+        read = self._spool.put(reply.payload, update)
+        load, change = partial(_contribution, expected, weight, staleness, read), partial(_change, expected, read)
         seconds = reply.seconds if flight.due_s is None else flight.due_s - flight.given_s
-        self._used[reply.client] = Used(Pending(expected.client, weight, load), update.metrics, flight, seconds)
+        self._used[reply.client] = Used(Pending(expected.client, weight, load, change), update.metrics, flight, seconds)
         facts = {"bytes": update.wire_bytes, "seconds": seconds, "metrics": dict(update.metrics)}
         self._emit("update_admitted", reply.client, facts | ({"staleness": staleness} if staleness else {}))
 
@@ -130,8 +134,10 @@ def _contribution(
     expected: Expectation, weight: float, staleness: int, read: Callable[[], ClientUpdate]
 ) -> Contribution:
     """An update that was admitted and has waited in the spool, as the strategy sees it."""
-    update = read()
-    trained = apply_delta(expected.received, update.delta)
-    return Contribution(
-        expected.client, weight, trained, expected.received, update.metrics, update.extras, staleness=staleness
-    )
+    update, received = read(), expected.form.received
+    trained = apply_delta(received, update.delta)
+    return Contribution(expected.client, weight, trained, received, update.metrics, update.extras, staleness=staleness)
+
+
+def _change(expected: Expectation, read: Callable[[], ClientUpdate]) -> tuple[AdapterState, Mapping[str, Tensor]]:
+    return expected.form.received, read().delta

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
-from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_parcel, digest, encode_adapter
 from fedlora.aggregation.base import RoundContext
 from fedlora.aggregation.combine import hand_out
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan, TrainTask
 from fedlora.seeds import derive_seed
-from orchestrator.admission import Expectation
+from orchestrator.admission import Expectation, Form
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
 from orchestrator.fleet import examples_of
@@ -29,7 +26,7 @@ class Outbox:
     def __init__(self, fed: Federation, state: RunState, ctx: RoundContext):
         self._fed, self._state, self._ctx = fed, state, ctx
         self._payloads: dict[str, bytes] = dict(state.payloads)
-        self._decoded: dict[str, tuple[AdapterState, dict[str, Tensor]]] = {}
+        self._forms: dict[tuple[str, frozenset[str]], Form] = {}
         self._planned: dict[TrainPlan, str] = {}
         self._expected: dict[tuple[int, str], Expectation] = {}
         self._patches = state.ledger.patches()
@@ -81,8 +78,8 @@ class Outbox:
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
             task = TrainTask(*which, patches, flight.accepted)
             client = _at_rank(self._fed.members[self._fed.places[flight.client]], flight.plan.rank)
-            received, extras = self._decode(flight.received)
-            self._expected[key] = Expectation(client, task, received, self._fed.max_update_norm, extras)
+            form = self._form(flight.received, flight.plan.send)
+            self._expected[key] = Expectation(client, task, form, self._fed.max_update_norm)
         return self._expected[key]
 
     def payloads(self, flights: Sequence[Flight]) -> dict[str, bytes]:
@@ -101,7 +98,7 @@ class Outbox:
         flight = Flight(ctx.round, client.id, plan, received, seed, len(self._patches), accepted, now_s)
         if fed.fleet is None or fed.fleet.drops_out(client.id, ctx.round):
             return flight
-        down, up = len(self._payloads[received]), self.expectation(flight).num_bytes
+        down, up = len(self._payloads[received]), self.expectation(flight).form.num_bytes
         examples = examples_of(client.num_examples, fed.training)
         return replace(flight, due_s=now_s + fed.fleet.seconds(client.id, ctx.round, examples, down, up))
 
@@ -116,11 +113,12 @@ class Outbox:
             self._payloads[self._planned[plan]] = payload
         return self._planned[plan]
 
-    def _decode(self, received: str) -> tuple[AdapterState, Mapping[str, Tensor]]:
-        # what the client decodes, not what was encoded, is what its delta refers to
-        if received not in self._decoded:
-            self._decoded[received] = decode_parcel(self._payloads[received])
-        return self._decoded[received]
+    def _form(self, received: str, send: frozenset[str]) -> Form:
+        if (received, send) not in self._forms:
+            # what the client decodes, not what was encoded, is what its delta refers to
+            adapter, extras = decode_parcel(self._payloads[received])
+            self._forms[received, send] = Form(adapter, send, extras)
+        return self._forms[received, send]
 
 
 def _at_rank(client: ClientInfo, rank: int) -> ClientInfo:

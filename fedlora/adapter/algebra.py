@@ -79,7 +79,7 @@ def mean_dense(states: Iterable[AdapterState], weights: Iterable[float]) -> dict
     """Weighted sum of the dense tensors. ``states`` is read once, one at a time."""
     total: dict[str, Tensor] = {}
     for state, weight in zip(states, weights, strict=True):
-        _accumulate(total, state.dense, weight)
+        accumulate(total, state.dense, weight)
     return total
 
 
@@ -105,11 +105,12 @@ def _combine(states: Iterable[AdapterState], weights: Iterable[float]) -> Adapte
             if ranks.setdefault(path, update.rank) != update.rank:
                 both = sorted({ranks[path], update.rank})
                 raise RankError(f"{path}: factors of ranks {both} have no common basis to be added in")
-        _accumulate(total, replace(state, frozen={}).tensors(), weight)
+        accumulate(total, replace(state, frozen={}).tensors(), weight)
     return AdapterState.from_tensors(total)
 
 
-def _accumulate(total: dict[str, Tensor], tensors: Mapping[str, Tensor], weight: float) -> None:
+def accumulate(total: dict[str, Tensor], tensors: Mapping[str, Tensor], weight: float) -> None:
+    """Add ``weight`` times every tensor to the one of its name, in place; a new name starts at zero."""
     for name, tensor in tensors.items():
         if name in total:
             total[name].add_(tensor, alpha=weight)

@@ -10,7 +10,7 @@ import math
 import struct
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def decode_parcel(payload: bytes) -> tuple[AdapterState, dict[str, Tensor]]:
         WireError: if the bytes are not an adapter message of a known schema.
     """
     _, entries = _decode(payload, "adapter")
-    tensors, extras = _parted({name: view.clone() for name, view in _views(payload, entries).items()})
+    tensors, extras = _parted({name: view.clone() for name, view in _split(_runs(payload, entries), entries).items()})
     try:
         return AdapterState.from_tensors(tensors), extras
     except AdapterError as error:
@@ -99,7 +99,7 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
     if max_bytes is not None and len(payload) > max_bytes:
         raise WireError(f"message of {len(payload)} bytes; at most {max_bytes} were expected")
     note, entries = _decode(payload, "update")
-    tensors = _views(payload, entries)
+    runs = list(_runs(payload, entries))
     for key, kind in (
         ("client", str),
         ("round", int),
@@ -113,7 +113,7 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
         # math.isfinite raises for an integer that no float can hold
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise WireError(f"metric {key!r:.80} is {value!r:.80}; expected a finite number")
-    delta, extras = _parted(tensors)
+    delta, extras = _parted(_split(runs, entries))
     return ClientUpdate(
         client=note["client"],
         round=note["round"],
@@ -122,6 +122,7 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
         num_examples=note["num_examples"],
         metrics=note["metrics"],
         wire_bytes=len(payload),
+        norm=math.hypot(*(float(torch.linalg.vector_norm(flat)) for _, flat in runs)),
         extras=extras,
     )
 
@@ -167,17 +168,25 @@ def _decode(payload: bytes | memoryview, kind: str) -> tuple[dict[str, Any], dic
     return note, entries
 
 
-def _views(payload: bytes | memoryview, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
-    """The tensors of a message whose header has been checked, in float32; without a copy if they came so."""
-    views: dict[str, Tensor] = {}
-    for dtype, group in groupby(entries.items(), key=lambda item: item[1].dtype):
-        run = list(group)  # they lie one after the other
-        counts = [entry.numel for _, entry in run]
-        flat = torch.empty(0)
-        if sum(counts):
-            flat = torch.frombuffer(payload, dtype=dtype, count=sum(counts), offset=run[0][1].start).to(torch.float32)
-        for (name, entry), part in zip(run, torch.split(flat, counts), strict=True):
-            views[name] = part.view(entry.shape)
+def _runs(payload: bytes | memoryview, entries: Mapping[str, _Entry]) -> Iterator[tuple[list[str], Tensor]]:
+    """Tensors of one precision lie one after the other: their names, and all their values [n] in float32.
+
+    Without a copy if they came so. The header has been checked.
+    """
+    for dtype, group in groupby(entries, key=lambda name: entries[name].dtype):
+        names = list(group)
+        count, start = sum(entries[name].numel for name in names), entries[names[0]].start
+        # torch refuses a buffer without values
+        flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
+        yield names, flat.to(torch.float32)
+
+
+def _split(runs: Iterable[tuple[list[str], Tensor]], entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The single tensors: views of the runs."""
+    views = {}
+    for names, flat in runs:
+        for name, part in zip(names, torch.split(flat, [entries[name].numel for name in names]), strict=True):
+            views[name] = part.view(entries[name].shape)
     return views
 
 

@@ -7,12 +7,14 @@ error is ``sum_k w_k (B_k - mean B)(A_k - mean A)``, second order in how far cli
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from fedlora.adapter import rank as ranks
-from fedlora.adapter.algebra import mean_dense, mean_factors, norm
+from fedlora.adapter.algebra import accumulate, mean_dense, mean_factors, norm
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.base import STRATEGIES, Aggregate, Contribution, RoundContext, State, Strategy, Traits
-from fedlora.aggregation.cohort import weights_of
+from fedlora.aggregation.cohort import Cohort, weights_of
+from fedlora.aggregation.combine import apply_delta
 from fedlora.errors import ConfigError, RankError
 from fedlora.protocol import ClientInfo, Method, TrainPlan
 
@@ -27,8 +29,7 @@ class FedIT(Strategy):
     traits = Traits(linear=True, fixed_gauge=True, mixed_ranks=False)
 
     def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
-        trained = (u.trained for u in equal_ranks(self.name, updates, ctx))
-        return Aggregate(mean_factors(trained, weights_of(updates)), state)
+        return Aggregate(equal_mean(self.name, updates, ctx), state)
 
 
 class Nested(Strategy):
@@ -129,13 +130,27 @@ def require_equal_ranks(name: str, updates: Sequence[Contribution], ctx: RoundCo
 def equal_ranks(name: str, updates: Iterable[Contribution], ctx: RoundContext) -> Iterator[Contribution]:
     """The updates, each checked as ``require_equal_ranks`` does when its turn comes: one look at each is enough."""
     for update in updates:
-        for path, module in update.trained.modules.items():
-            if module.rank != ctx.rank:
-                raise RankError(
-                    f"{path}: client {update.client.id} sent rank {module.rank} to {name}, which needs"
-                    f" equal ranks (global rank {ctx.rank}); use flexlora or fedex_het"
-                )
+        _require_rank(name, update.client, update.trained, ctx)
         yield update
+
+
+def equal_mean(name: str, updates: Sequence[Contribution], ctx: RoundContext) -> AdapterState:
+    """Weighted mean of the factors of clients that all have the global rank, checked as ``equal_ranks`` does.
+
+    In a round it is the mean of what was received plus the mean of the deltas: what many received is added once,
+    and no client's own adapter is made.
+    """
+    if not isinstance(updates, Cohort) or any(pending.change is None for pending in updates.pending):
+        return mean_factors((u.trained for u in equal_ranks(name, updates, ctx)), weights_of(updates))
+    starts: dict[int, tuple[AdapterState, float]] = {}
+    moved: dict[str, Tensor] = {}
+    for pending in updates.pending:
+        assert pending.change is not None
+        received, delta = pending.change()
+        _require_rank(name, pending.client, received, ctx)
+        accumulate(moved, delta, pending.weight)
+        starts[id(received)] = received, starts.get(id(received), (received, 0.0))[1] + pending.weight
+    return apply_delta(mean_factors(*zip(*starts.values(), strict=True)), moved)
 
 
 def padded_mean(updates: Sequence[Contribution], rank: int) -> AdapterState:
@@ -162,6 +177,15 @@ def component_mean(updates: Sequence[Contribution], ctx: RoundContext) -> Adapte
             torch.where(held, B / share, current.B.T).T.contiguous(), torch.where(held, A / share, current.A)
         )
     return AdapterState(modules, mean_dense((u.trained for u in updates), [u.weight for u in updates]))
+
+
+def _require_rank(name: str, client: ClientInfo, adapter: AdapterState, ctx: RoundContext) -> None:
+    for path, module in adapter.modules.items():
+        if module.rank != ctx.rank:
+            raise RankError(
+                f"{path}: client {client.id} sent rank {module.rank} to {name}, which needs"
+                f" equal ranks (global rank {ctx.rank}); use flexlora or fedex_het"
+            )
 
 
 def _padded(state: AdapterState, rank: int) -> AdapterState:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
+
+from torch import Tensor
 
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import Contribution
@@ -13,11 +15,16 @@ from fedlora.protocol import ClientInfo
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """An update that is loaded when it is looked at: who sent it, its weight, and how to get it."""
+    """An update that is loaded when it is looked at: who sent it, its weight, and how to get it.
+
+    Attributes:
+        change: what ``load`` adds up to ``trained``: what the client received, and its delta by tensor name.
+    """
 
     client: ClientInfo
     weight: float
     load: Callable[[], Contribution]
+    change: Callable[[], tuple[AdapterState, Mapping[str, Tensor]]] | None = None
 
 
 class Cohort(Sequence[Contribution]):
