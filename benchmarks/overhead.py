@@ -218,7 +218,7 @@ class Sizes:
 
     small_rounds: int = 15
     large_rounds: int = 3
-    turns: int = 1
+    turns: int = 2
     clients: int = 100
     memory_clients: int = 50
     many: int = 10_000

@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,13 @@ def run(tmp_path: Path) -> Path:
 
 def submitting(cluster: Cluster, run: Path, *options: str) -> list[str]:
     """The command that submits the run."""
-    overrides = [*ROUNDS_OF_SECONDS, *ON_RAY, f"output_dir={run}"]
-    settings = [part for override in overrides for part in ("--set", override)]
+    settings = as_options([*ROUNDS_OF_SECONDS, *ON_RAY, f"output_dir={run}"])
     return ["python", "-m", "orchestrator", "submit", CONFIG, *settings, "--address", cluster.dashboard, *options]
+
+
+def as_options(overrides: Sequence[str]) -> list[str]:
+    """``--set`` before each."""
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def wait_for(run: Path, event: str, round: int = 0) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def wait_for(run: Path, event: str, round: int = 0) -> dict[str, Any]:
         found[:] = [line for line in lines if line["event"] == event and line.get("round", 0) == round]
         return bool(found)
 
-    wait_until(happened, f"{event} of round {round}", 90, run / "journal.jsonl")
+    wait_until(happened, f"{event} of round {round}", 180, run / "journal.jsonl")
     return found[-1]
 
 
@@ -151,10 +155,27 @@ def test_a_mistake_that_only_the_job_can_see_is_not_tried_again(cluster: Cluster
 
 
 @pytest.mark.slow
-def test_the_quickstart_by_ray_job_submit_finishes(cluster: Cluster, run: Path) -> None:
-    job = ["python", "-m", "orchestrator", "run", "configs/quickstart.yaml", "--set", "pool=ray"]
-    job += ["--set", f"output_dir={run}"]
+@pytest.mark.timeout(1800)
+def test_the_quickstart_loses_a_node_and_its_driver_and_ends_with_the_bytes_of_a_quiet_run(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    quickstart, settings = "configs/quickstart.yaml", ["pool=ray", "ray.workers=2", "store.lease_s=1"]
+    calm, shaken = tmp_path / "calm", tmp_path / "shaken"
+    job = ["python", "-m", "orchestrator", "run", quickstart, *as_options([*settings, f"output_dir={calm}"])]
     submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--", *job]
-    finished = cluster.run(*submit, timeout=400)
+    finished = cluster.run(*submit, timeout=600)
     assert finished.returncode == 0, finished.stdout
-    assert read_json(run / "summary.json")["final"]["accuracy"] > 0.85
+    assert read_json(calm / "summary.json")["final"]["accuracy"] > 0.85
+
+    submit = ["python", "-m", "orchestrator", "submit", quickstart, "--address", cluster.dashboard]
+    with cluster.running(*submit, *as_options([*settings, f"output_dir={shaken}"])) as follower:
+        wait_for(shaken, "round_started", 2)
+        kill_a_busy_node(cluster)
+        wait_for(shaken, "round_started", 3)
+        os.kill(wait_for(shaken, "run_opened")["pid"], signal.SIGKILL)
+        cluster.add_worker()
+        told, _ = follower.communicate(timeout=900)
+    assert follower.returncode == 0, told
+    assert wait_for(shaken, "run_resumed", 2)
+    ended = [read_json(folder / "summary.json")["adapter_sha256"] for folder in (calm, shaken)]
+    assert ended[0] == ended[1]
