@@ -9,23 +9,27 @@ from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
     AttackConfig,
     ClientsConfig,
+    ContinualConfig,
     DataConfig,
     Distribution,
     FleetConfig,
     PartitionConfig,
     ScheduleConfig,
+    StreamTaskConfig,
     TrainingConfig,
 )
 
 __all__ = [
     "AttackConfig",
     "ClientsConfig",
+    "ContinualConfig",
     "DataConfig",
     "Distribution",
     "FleetConfig",
     "PartitionConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StreamTaskConfig",
     "TrainingConfig",
     "differences",
     "known_keys",

@@ -13,6 +13,7 @@ from fedlora.config.sections import (
     AdmissionConfig,
     AttackConfig,
     ClientsConfig,
+    ContinualConfig,
     DataConfig,
     EvaluationConfig,
     FleetConfig,
@@ -45,6 +46,7 @@ class RunConfig(Section):
         "flexlora", description="a rule, a rule with its options, or wrappers and a rule: [{clip: {}}, flexlora]"
     )
     ledger: LedgerConfig = LedgerConfig()
+    continual: ContinualConfig | None = Field(None, description="a stream of tasks; its rounds are those of the run")
     plugins: list[str] = Field([], description="Python files that register strategies, wrappers or attacks")
     weighting: Literal["examples", "uniform"] = "examples"
     rounds: int = Field(10, ge=1)
@@ -72,6 +74,11 @@ class RunConfig(Section):
             problems.append("data.max_train_rows samples one dataset; it is not used with client_files")
         if self.data.client_files and self.data.train_file:
             problems.append("data has both train_file and client_files; give one")
+        if self.continual:
+            total = sum(self.continual.task_rounds)
+            if "rounds" in self.model_fields_set and self.rounds != total:
+                problems.append(f"rounds is {self.rounds}, but the tasks of continual take {total}; leave rounds out")
+            self.__dict__["rounds"] = total  # of a frozen model, before anybody has seen it
         layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
         if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):
             problems.append("strategy is a name, one name with its options, or a list of these")

@@ -219,6 +219,71 @@ class LedgerConfig(Section):
     )
 
 
+class StreamTaskConfig(Section):
+    """One task of a stream: any dataset, or some rows of one."""
+
+    name: str
+    data: DataConfig | None = Field(None, description="its rows; what is not given here is as in the run's data")
+    labels: list[str] | None = Field(None, min_length=1, description="only rows with these labels")
+    where: dict[str, list[str]] = Field({}, description="only rows with these values: {column: [value, ...]}")
+    prefix: bool = Field(False, description="its labels become name/label: the same word means another thing elsewhere")
+    rounds: int | None = Field(None, ge=1, description="default continual.rounds")
+
+
+class ContinualConfig(Section):
+    """Tasks that come one after the other."""
+
+    tasks: list[StreamTaskConfig] = []
+    split: int | None = Field(
+        None, ge=2, description="instead of tasks: divide the label set into so many, in an order drawn from the seed"
+    )
+    rounds: int = Field(5, ge=1, description="rounds of a task that does not say")
+    scenario: Literal["class", "task", "domain"] = Field(
+        "class",
+        description="what a test row is scored against: all labels met so far (class), those of its own task (task);"
+        " domain: every task has the same labels",
+    )
+    loss_labels: Literal["task", "met", "all"] = Field(
+        "task", description="labels that compete in a client's loss: those of its present task, of all it has met, all"
+    )
+    order: Literal["same", "shuffled"] = Field(
+        "same", description="shuffled: every client meets tasks in its own order"
+    )
+    stagger: int = Field(0, ge=0, description="rounds by which clients may be behind, drawn once per client")
+    blur: float = Field(
+        0.0, ge=0, le=0.5, description="share of a task's rows that a client meets with a neighbouring task"
+    )
+    freeze: str | dict[str, dict[str, Any] | None] = Field(
+        "boundaries",
+        description="when the adapter goes into the base ledger and a fresh one starts: boundaries, plateau, published,"
+        " period or never; with options as {plateau: {window: 5}}",
+    )
+    joint: bool = Field(False, description="the upper bound: everybody trains on the rows of all tasks all the time")
+
+    @model_validator(mode="after")
+    def _check(self) -> ContinualConfig:
+        if bool(self.tasks) == bool(self.split):
+            raise ValueError("continual needs tasks, or split: a number of tasks to divide the label set into")
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tasks, in stream order."""
+        if self.split:
+            return tuple(f"task{place + 1}" for place in range(self.split))
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def task_rounds(self) -> tuple[int, ...]:
+        """Rounds of each task."""
+        if self.split:
+            return (self.rounds,) * self.split
+        return tuple(task.rounds or self.rounds for task in self.tasks)
+
+
 class ScheduleConfig(Section):
     """When a round closes, and what becomes of updates that come later."""
 
