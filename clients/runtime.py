@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+import fedlora.continual.orthogonal  # noqa: F401 - registers its local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
@@ -25,12 +27,14 @@ from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
 from fedlora.aggregation.combine import make_delta, part_of
 from fedlora.config import RunConfig, TrainingConfig
 from fedlora.continual.course import Course
+from fedlora.continual.replay import kept_rows
 from fedlora.continual.stream import Task, labels_of, open_stream
 from fedlora.data.partition import Corpus
 from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
+from fedlora.training.base_patches import total
 from fedlora.training.batches import steps_of
 from fedlora.training.evaluate import evaluate
 from fedlora.training.loop import LocalResult, LocalWork, train
@@ -70,7 +74,7 @@ class ClientRuntime:
         self._course = Course.of(config.continual, config.seed) if config.continual else None
         self.base_loads = 0
         self._adapted: AdaptedModel | None = None
-        self._encoded: dict[tuple[str, str, int | None], Encoded] = {}
+        self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
         self._shared: dict[tuple[int, str, str], Learned] = {}  # honest deltas of colluders, of one round
         self._private = PrivateState(Path(config.output_dir).absolute() / "private", config.keep_checkpoints)
@@ -129,9 +133,10 @@ class ClientRuntime:
         insert(model, name, start)
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
-        memory = methods.begin(replace(begun, extras=extras, kept=private.methods))
+        frozen = partial(total, task.ledger)
+        memory = methods.begin(replace(begun, extras=extras, kept=private.methods, frozen=frozen))
         rows = self._examples("train", task.client, task.stage)
-        examples = rows.examples if examples is None else examples
+        examples = [*rows.examples, *self._replayed(task)] if examples is None else examples
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
@@ -238,6 +243,20 @@ class ClientRuntime:
         met = {task.stage} if settings.loss_labels == "task" else self._course.met_by(task.client, task.round)
         return labels_of(self.stream, met)
 
+    def _replayed(self, task: TrainTask) -> list[Example]:
+        """What the client trains on beside its present task: its buffer of earlier ones."""
+        settings = self._config.continual
+        if self._course is None or settings is None or not settings.replay or task.stage is None:
+            return []
+        earlier = self._course.met_by(task.client, task.round) - {task.stage}
+        key = "replay", task.client, tuple(sorted(earlier))
+        if key not in self._encoded:
+            corpus, replay = self.corpus, settings.replay
+            labels = corpus.train["label"] if replay.balanced else None
+            rows = kept_rows(self.stream.tasks, earlier, task.client, replay.rows, labels, self._config.seed)
+            self._encoded[key] = self._encode(corpus.train.select(rows), f"buffer of {task.client}")
+        return self._encoded[key].examples
+
     def _scored_among(self, task: EvalTask) -> tuple[int, ...]:
         """The labels that a test row is scored against; none for all."""
         settings = self._config.continual
@@ -254,15 +273,14 @@ class ClientRuntime:
     def _examples(self, kind: str, client: str, stage: int | None = None) -> Encoded:
         """Tokens of a client's ``train`` or ``heldout`` rows, or of the server's ``test`` rows; made once."""
         if (kind, client, stage) not in self._encoded:
-            corpus = self.corpus
-            tokenizer = self._model().base.tokenizer
-            limit = self._config.data.max_length
             where = f"{kind} rows of {client}" if client else "test rows"
             where += "" if stage is None else f" of task {self.stream.tasks[stage].name}"
-            table = self._table(kind, client, stage)
-            encoded = encode(table.to_list(), corpus.form, tokenizer, limit, corpus.labels, where)
-            self._encoded[kind, client, stage] = encoded
+            self._encoded[kind, client, stage] = self._encode(self._table(kind, client, stage), where)
         return self._encoded[kind, client, stage]
+
+    def _encode(self, table: Dataset, where: str) -> Encoded:
+        corpus, limit = self.corpus, self._config.data.max_length
+        return encode(table.to_list(), corpus.form, self._model().base.tokenizer, limit, corpus.labels, where)
 
     def _table(self, kind: str, client: str, stage: int | None) -> Dataset:
         corpus = self.corpus

@@ -230,6 +230,13 @@ class StreamTaskConfig(Section):
     rounds: int | None = Field(None, ge=1, description="default continual.rounds")
 
 
+class ReplayConfig(Section):
+    """Rows of earlier tasks that every client keeps and goes on training on."""
+
+    rows: int = Field(50, ge=1, description="of each client's buffer, over all earlier tasks")
+    balanced: bool = Field(False, description="as many rows of each label; else every row is as likely to stay")
+
+
 class ContinualConfig(Section):
     """Tasks that come one after the other."""
 
@@ -258,12 +265,17 @@ class ContinualConfig(Section):
         description="when the adapter goes into the base ledger and a fresh one starts: boundaries, plateau, published,"
         " period or never; with options as {plateau: {window: 5}}",
     )
+    replay: ReplayConfig | None = Field(None, description="a buffer on every client; {} for the defaults")
     joint: bool = Field(False, description="the upper bound: everybody trains on the rows of all tasks all the time")
 
     @model_validator(mode="after")
     def _check(self) -> ContinualConfig:
         if bool(self.tasks) == bool(self.split):
             raise ValueError("continual needs tasks, or split: a number of tasks to divide the label set into")
+        if self.replay and self.loss_labels == "task" and self.scenario != "domain":
+            raise ValueError("replay brings rows of earlier tasks, whose labels must compete: use loss_labels: met")
+        if self.replay and self.joint:
+            raise ValueError("joint trains on the rows of all tasks anyway; leave replay out")
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")

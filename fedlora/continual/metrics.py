@@ -91,11 +91,11 @@ class Scores:
 
         The maximum is over what was measured, also before task i was learned.
         """
-        best = {
-            i: max((s for t in range(self._last) if (s := self._at(t, i)) is not None), default=None)
-            for i in self._tasks
-        }
-        return _mean(_less(best[i], self._at(self._last, i)) for i in self._tasks if i < self._last)
+
+        def best(i: int) -> float | None:
+            return max((score for t in range(self._last) if (score := self._at(t, i)) is not None), default=None)
+
+        return _mean(_less(best(i), self._at(self._last, i)) for i in self._tasks if i < self._last)
 
     @property
     def bwt(self) -> float | None:

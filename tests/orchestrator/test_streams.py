@@ -1,6 +1,7 @@
 """Runs over a stream of tasks: what is scored, when the adapter is frozen, and that nothing changes by it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from clients.runtime import ClientRuntime
 from fedlora.adapter.wire import encode_adapter
 from fedlora.config import RunConfig
+from fedlora.continual.orthogonal import row_space
 from fedlora.errors import ConfigError
-from fedlora.protocol import EvalTask
+from fedlora.protocol import EvalTask, TrainPlan, TrainTask
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.opening import first_state, open_federation
@@ -137,3 +139,47 @@ def test_a_stream_that_cannot_be_played_is_refused_before_it_begins(
     with pytest.raises(ConfigError, match=message):
         launch.run(config, quiet)
     assert not (Path(config.output_dir) / "adapter").exists()
+
+
+def test_o_lora_keeps_a_later_task_out_of_the_directions_of_an_earlier_one(toy: Toy) -> None:
+    overlaps = {}
+    for weight in (0.0, 5.0):
+        config = stream_of(
+            toy, strategy=[{"o_lora": {"weight": weight}}, "fedit"], training__max_steps=8, continual={"rounds": 3}
+        )
+        launch.run(config, quiet, overwrite=True)
+        state, _ = load_latest(Path(config.output_dir))
+        assert state is not None
+        frozen = state.ledger.total()
+        overlaps[weight] = sum(
+            float((pair.A.double() @ row_space(frozen[path])).square().sum())
+            for path, pair in state.adapter.modules.items()
+        )
+    assert overlaps[5.0] < 0.5 * overlaps[0.0]
+
+
+def test_a_head_alone_learns_and_the_adapter_stays_zero(toy: Toy) -> None:
+    config = stream_of(toy, strategy=["head_only", "fedit"])
+    summary = launch.run(config, quiet)
+    state, _ = load_latest(Path(config.output_dir))
+    assert state is not None
+    assert not any(torch.count_nonzero(pair.B) for pair in state.adapter.modules.values())
+    assert not state.ledger.entries
+    assert summary["stream"]["rows"] != [summary["stream"]["initial"]] * 2
+
+
+def test_a_buffer_brings_the_rows_of_earlier_tasks_into_later_rounds(toy: Toy) -> None:
+    config = stream_of(toy, continual={"replay": {"rows": 6}, "loss_labels": "met"})
+    runtime = ClientRuntime(config)
+    client = runtime.members()[0].id
+    task = TrainTask(1, client, TrainPlan(2), b"", "", 0, stage=0)
+    assert runtime._replayed(task) == []
+    later = runtime._replayed(replace(task, round=3, stage=1))
+    assert len(later) == 6
+    assert {example.labels for example in later} <= set(runtime.stream.tasks[0].labels)
+    assert launch.run(config, quiet)["status"] == "finished"
+
+
+def test_replay_without_labels_that_compete_is_refused(toy: Toy) -> None:
+    with pytest.raises(ConfigError, match="use loss_labels: met"):
+        stream_of(toy, continual={"replay": {}})
