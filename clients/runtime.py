@@ -7,12 +7,15 @@ import os
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+import fedlora.continual.orthogonal  # noqa: F401 - registers its local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
@@ -23,11 +26,15 @@ from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
 from fedlora.aggregation.combine import make_delta, part_of
 from fedlora.config import RunConfig, TrainingConfig
-from fedlora.data.partition import Corpus, open_corpus
+from fedlora.continual.course import Course
+from fedlora.continual.replay import kept_rows
+from fedlora.continual.stream import Task, labels_of, open_stream
+from fedlora.data.partition import Corpus
 from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
+from fedlora.training.base_patches import total
 from fedlora.training.batches import steps_of
 from fedlora.training.evaluate import evaluate
 from fedlora.training.loop import LocalResult, LocalWork, train
@@ -62,10 +69,12 @@ class ClientRuntime:
         load_plugins(config.plugins)
         if threads:
             torch.set_num_threads(threads)
-        self.corpus: Corpus = open_corpus(config.data, config.clients.count, config.seed, config.model.task)
+        self.stream = open_stream(config.data, config.continual, config.clients.count, config.seed, config.model.task)
+        self.corpus: Corpus = self.stream.corpus
+        self._course = Course.of(config.continual, config.seed) if config.continual else None
         self.base_loads = 0
         self._adapted: AdaptedModel | None = None
-        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
         self._shared: dict[tuple[int, str, str], Learned] = {}  # honest deltas of colluders, of one round
         self._private = PrivateState(Path(config.output_dir).absolute() / "private", config.keep_checkpoints)
@@ -80,8 +89,12 @@ class ClientRuntime:
                 id=client,
                 rank=ranks[client],
                 num_examples=len(self.corpus.shards[client]),
-                num_heldout=self._heldout_rows(client),
+                num_heldout=self._cut(len(self.corpus.heldout[client])),
                 label_counts=self.corpus.label_counts(client),
+                stages=tuple(
+                    (len(task.shards.get(client, ())), self._cut(len(task.heldout.get(client, ()))))
+                    for task in self.stream.tasks
+                ),
             )
             for client in clients
         ]
@@ -120,15 +133,17 @@ class ClientRuntime:
         insert(model, name, start)
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
-        memory = methods.begin(replace(begun, extras=extras, kept=private.methods))
-        rows = self._examples("train", task.client)
-        examples = rows.examples if examples is None else examples
+        frozen = partial(total, task.ledger)
+        memory = methods.begin(replace(begun, extras=extras, kept=private.methods, frozen=frozen))
+        rows = self._examples("train", task.client, task.stage)
+        examples = [*rows.examples, *self._replayed(task)] if examples is None else examples
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
         pad_token_id = adapted.base.tokenizer.pad_token_id
         if trains:
-            work = LocalWork(model, parameters, examples, options, task.seed, pad_token_id, methods, memory)
+            labels = self._competing(task)
+            work = LocalWork(model, parameters, examples, options, task.seed, pad_token_id, methods, memory, labels)
             result = train(work)
             answer = methods.finish({key: tensor.detach() for key, tensor in parameters.items()}, result.memory)
         else:
@@ -149,7 +164,7 @@ class ClientRuntime:
 
     def _attack(self, assault: Assault, task: TrainTask) -> Learned:
         """What an attacker comes to."""
-        attack, own = assault.attack, self._examples("train", task.client).examples
+        attack, own = assault.attack, self._examples("train", task.client, task.stage).examples
         scene = assault.scene(task, lambda: self._honest_deltas(assault, task))
         examples = attack.examples(own, scene)
         if attack.colludes and examples is own:
@@ -189,7 +204,7 @@ class ClientRuntime:
         adapted.patch_base(task.ledger, state.frozen)
         insert(model, name, state)
         try:
-            examples = self._examples("heldout" if task.subject else "test", task.subject).examples
+            examples = self._examples("heldout" if task.subject else "test", task.subject, task.stage).examples
         except DataError as error:
             if not task.subject:
                 raise
@@ -201,6 +216,7 @@ class ClientRuntime:
             adapted.base.tokenizer.pad_token_id,
             adapted.base.device,
             task.subject,
+            self._scored_among(task),
         )
 
     def stats(self) -> WorkerStats:
@@ -219,27 +235,62 @@ class ClientRuntime:
         self.base_loads += 1
         return load_base(base_spec(self._config, task_of(self._config, self.corpus), self.corpus.labels))
 
-    def _heldout_rows(self, client: str) -> int:
+    def _competing(self, task: TrainTask) -> tuple[int, ...]:
+        """The labels that compete in the loss of a task; none for all."""
+        settings = self._config.continual
+        if self._course is None or settings is None or settings.loss_labels == "all" or task.stage is None:
+            return ()
+        met = {task.stage} if settings.loss_labels == "task" else self._course.met_by(task.client, task.round)
+        return labels_of(self.stream, met)
+
+    def _replayed(self, task: TrainTask) -> list[Example]:
+        """What the client trains on beside its present task: its buffer of earlier ones."""
+        settings = self._config.continual
+        if self._course is None or settings is None or not settings.replay or task.stage is None:
+            return []
+        earlier = self._course.met_by(task.client, task.round) - {task.stage}
+        key = "replay", task.client, tuple(sorted(earlier))
+        if key not in self._encoded:
+            corpus, replay = self.corpus, settings.replay
+            labels = corpus.train["label"] if replay.balanced else None
+            rows = kept_rows(self.stream.tasks, earlier, task.client, replay.rows, labels, self._config.seed)
+            self._encoded[key] = self._encode(corpus.train.select(rows), f"buffer of {task.client}")
+        return self._encoded[key].examples
+
+    def _scored_among(self, task: EvalTask) -> tuple[int, ...]:
+        """The labels that a test row is scored against; none for all."""
+        settings = self._config.continual
+        if settings is None or task.stage is None or settings.scenario == "domain":
+            return ()
+        # a row of a task nobody has met yet is scored against that task's labels too
+        return labels_of(self.stream, {task.stage} | (task.met if settings.scenario == "class" else set()))
+
+    def _cut(self, rows: int) -> int:
+        """Held-out rows of which only so many are looked at."""
         limit = self._config.evaluation.max_rows_per_client
-        rows = len(self.corpus.heldout[client])
         return rows if limit is None else min(rows, limit)
 
-    def _examples(self, kind: str, client: str) -> Encoded:
+    def _examples(self, kind: str, client: str, stage: int | None = None) -> Encoded:
         """Tokens of a client's ``train`` or ``heldout`` rows, or of the server's ``test`` rows; made once."""
-        if (kind, client) not in self._encoded:
-            corpus = self.corpus
-            if kind == "test":
-                table = corpus.test
-            elif kind == "heldout":
-                table = corpus.train.select(corpus.heldout[client][: self._heldout_rows(client)])
-            else:
-                table = corpus.train.select(corpus.shards[client])
-            tokenizer = self._model().base.tokenizer
-            limit = self._config.data.max_length
+        if (kind, client, stage) not in self._encoded:
             where = f"{kind} rows of {client}" if client else "test rows"
-            encoded = encode(table.to_list(), corpus.form, tokenizer, limit, corpus.labels, where)
-            self._encoded[kind, client] = encoded
-        return self._encoded[kind, client]
+            where += "" if stage is None else f" of task {self.stream.tasks[stage].name}"
+            self._encoded[kind, client, stage] = self._encode(self._table(kind, client, stage), where)
+        return self._encoded[kind, client, stage]
+
+    def _encode(self, table: Dataset, where: str) -> Encoded:
+        corpus, limit = self.corpus, self._config.data.max_length
+        return encode(table.to_list(), corpus.form, self._model().base.tokenizer, limit, corpus.labels, where)
+
+    def _table(self, kind: str, client: str, stage: int | None) -> Dataset:
+        corpus = self.corpus
+        rows: Corpus | Task = corpus if stage is None else self.stream.tasks[stage]
+        if kind == "test":
+            return corpus.test if isinstance(rows, Corpus) else corpus.test.select(rows.test)
+        if kind == "heldout":
+            own = rows.heldout.get(client, ())
+            return corpus.train.select(own[: self._cut(len(own))])
+        return corpus.train.select(rows.shards.get(client, ()))
 
 
 def personal(state: AdapterState, keep: frozenset[str]) -> dict[str, Tensor]:

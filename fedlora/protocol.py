@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +21,7 @@ class ClientInfo:
         num_examples: rows it trains on; also the most it may claim as a weight.
         num_heldout: rows it keeps for evaluation.
         label_counts: rows per label for the partition summary; empty where clients keep it private.
+        stages: (num_examples, num_heldout) of every task of a stream; empty without one.
     """
 
     id: str
@@ -28,6 +29,13 @@ class ClientInfo:
     num_examples: int
     num_heldout: int = 0
     label_counts: Mapping[str, int] = field(default_factory=dict)
+    stages: tuple[tuple[int, int], ...] = ()
+
+    def at(self, stage: int | None) -> ClientInfo:
+        """The client as one task of the stream finds it; as it is for None."""
+        if stage is None:
+            return self
+        return replace(self, num_examples=self.stages[stage][0], num_heldout=self.stages[stage][1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +120,7 @@ class TrainTask:
         ledger: every patch of the base, in order; a worker applies those it lacks.
         accepted: round of the client's last update that counted, 0 before the first; what it keeps to itself goes on
             from there.
+        stage: the task of the stream whose rows it trains on; None for all its rows.
     """
 
     round: int
@@ -122,6 +131,7 @@ class TrainTask:
     seed: int
     ledger: tuple[Patch, ...] = ()
     accepted: int = 0
+    stage: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +187,8 @@ class EvalTask:
         ledger: every patch of the base, in order.
         keep: parts for which a client uses its own, as they were after ``accepted``.
         accepted: round of the client's last update that counted.
+        stage: the task of the stream whose rows are scored; None for all.
+        met: tasks that have been met so far; their labels compete where the stream is class-incremental.
     """
 
     subject: str
@@ -186,6 +198,8 @@ class EvalTask:
     ledger: tuple[Patch, ...] = ()
     keep: frozenset[str] = frozenset()
     accepted: int = 0
+    stage: int | None = None
+    met: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,9 @@ class Screen:
 
     def _on_round_committed(self, fields: Mapping[str, Any]) -> None:
         learned = f"train loss {fields['train']['loss']:.4f}" if fields["train"] else "no usable update"
-        line = f"round {fields['round']:>3}  {learned}"
+        line = f"round {fields['round']:>3}  "
+        line += f"{escape(fields['stream']['task'])}  " if fields.get("stream") else ""
+        line += learned
         if fields["eval"]:
             line += f"  held out: {_scores(fields['eval'])}"
         if fields["clients"]:
@@ -162,6 +164,13 @@ class Screen:
         self._say(f"{line}  {sum(fields['seconds'].values()):.1f} s")
         if fields["dropped_rows"] and fields["round"] == 1:
             self._say(f"[yellow]{fields['dropped_rows']} rows[/] have no token to learn from within data.max_length")
+
+    def _on_shift(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"[cyan]shift:[/] the losses of round {fields['round']} say that the data have changed")
+
+    def _on_frozen(self, fields: Mapping[str, Any]) -> None:
+        why = fields["evidence"].get("reason") or fields["evidence"]["policy"]
+        self._say(f"[cyan]frozen[/] after round {fields['round']} ({why}); a fresh adapter starts")
 
 
 def describe_attack(name: str, attackers: Sequence[str]) -> str:
@@ -180,6 +189,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         (f"{metric} before", _share(summary.get("initial"))),
         (f"{metric} after", _share(summary.get("final"))),
         ("loss before, after", f"{_loss(summary.get('initial'))}, {_loss(summary.get('final'))}"),
+        *_stream_lines(summary.get("stream")),
         ("rounds", summary.get("rounds")),
         (
             "bytes up, down",
@@ -192,6 +202,19 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     ):
         table.add_row(name, escape(str(value)))
     console.print(table)
+
+
+def _stream_lines(stream: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a stream came to: accuracy at the end, on average along the way, and what was forgotten."""
+    if not stream:
+        return []
+    known = {name: value for name, value in stream["metrics"].items() if value is not None}
+    frozen = ", ".join(map(str, stream["freezes"])) or "never"
+    return [
+        ("tasks", ", ".join(stream["tasks"])),
+        ("over the stream", ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items())),
+        ("frozen after rounds", frozen),
+    ]
 
 
 def _scores(scores: Mapping[str, float]) -> str:

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora.adapter.initial import initial_adapter
 from fedlora.adapter.rank import revive
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import RoundContext, Strategy
 from fedlora.config import ScheduleConfig, TrainingConfig
+from fedlora.continual.course import Course
+from fedlora.continual.plateau import Policy
 from fedlora.protocol import ClientInfo, ClientPool, Reply, TrainTask
 from fedlora.seeds import derive_seed
 from orchestrator.fleet import Fleet
 from orchestrator.flights import Flight
 from orchestrator.selection import Selector
+from orchestrator.state import RunState
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 
@@ -35,6 +39,9 @@ class Federation:
         fleet: simulated devices; None where a real clock decides.
         ledger_rank: rank per module the base's patches are recompressed to; None where nothing may be lost.
         emit: called with an event's name and fields.
+        course: of a stream of tasks; None without one.
+        freezer: says when the adapter goes into the base; None without a stream.
+        init: how a fresh A is drawn.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -56,6 +63,9 @@ class Federation:
     schedule: ScheduleConfig
     training: TrainingConfig
     fleet: Fleet | None = None
+    course: Course | None = None
+    freezer: Policy | None = None
+    init: str = "kaiming"
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
@@ -63,10 +73,31 @@ class Federation:
         """Where each member stands in the fixed order; looked up, so that a round costs what its clients cost."""
         return {member.id: place for place, member in enumerate(self.members)}
 
-    def context(self, number: int, adapter: AdapterState) -> RoundContext:
-        """Round ``number`` from this global adapter, with pairs that could never learn again revived."""
+    def stage(self, client: str, number: int) -> int | None:
+        """The task of the stream whose rows a client trains on in a round; None for all its rows."""
+        return self.course.task_of(client, number) if self.course else None
+
+    def task_ends(self, number: int) -> bool:
+        """Whether a task of a stream ends with this round."""
+        return self.course is not None and self.course.ends(number)
+
+    def all_met(self, number: int) -> bool:
+        """Whether scores of this round are over everything there is to learn, so that rounds can be compared."""
+        return self.course is None or len(self.course.met(number)) == len(self.course.names)
+
+    def fresh_pair(self, freezes: int) -> AdapterState:
+        """The usual initial adapter after so many freezes: the same for everybody, and another one each time."""
+        if not freezes:
+            return self.fresh
+        sites = {path: update.shape for path, update in self.fresh.modules.items()}
+        seed = derive_seed(self.seed, freezes, "", "fresh pair")
+        return initial_adapter(sites, self.fresh.dense, self.rank, seed, self.init)
+
+    def context(self, number: int, state: RunState) -> RoundContext:
+        """Round ``number`` from this state, with pairs that could never learn again revived."""
         seed = derive_seed(self.seed, number, "", "strategy")
-        return RoundContext(number, self.rank, seed, revive(adapter, self.fresh), self.members)
+        adapter = revive(state.adapter, self.fresh_pair(state.freezes))
+        return RoundContext(number, self.rank, seed, adapter, self.members)
 
     def give(self, tasks: Iterable[TrainTask], timeout_s: float | None) -> Iterator[Reply]:
         """Give out those tasks that are not out already, and yield answers as they come."""

@@ -23,6 +23,7 @@ class Flight:
         accepted: round of the client's last update that counted.
         given_s, due_s: virtual time at which it was given out and the answer is there; ``due_s`` is None where a
             real clock decides, and for a client that drops out.
+        stage: as in the task.
     """
 
     round: int
@@ -34,6 +35,7 @@ class Flight:
     accepted: int = 0
     given_s: float = 0.0
     due_s: float | None = None
+    stage: int | None = None
 
     def note(self) -> dict[str, Any]:
         """Plain JSON data."""

@@ -13,10 +13,13 @@ from fedlora.adapter.initial import check_rank, initial_adapter
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
+from fedlora.continual.course import Course
+from fedlora.continual.plateau import build_policy
 from fedlora.errors import RunFolderError
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
+from orchestrator.progress import Progress
 from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
 from orchestrator.soundness import check_strategy
@@ -42,8 +45,8 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:
         emit("attackers", {"attack": assault.name, "clients": list(assault.group)})
-    init = config.lora.init_lora_weights
-    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, "kaiming" if init is True else str(init))
+    init = "kaiming" if config.lora.init_lora_weights is True else str(config.lora.init_lora_weights)
+    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, init)
     for stats in pool.stats():
         emit("worker_ready", asdict(stats))
     fed = Federation(
@@ -65,6 +68,9 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         schedule=config.schedule,
         training=config.training,
         fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
+        course=Course.of(config.continual, config.seed) if config.continual else None,
+        freezer=build_policy(config.continual.freeze) if config.continual else None,
+        init=init,
     )
     if fed.fleet:
         emit("fleet", fed.fleet.describe())
@@ -80,8 +86,9 @@ def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
         config_sha256=config.sha256(),
         base_fingerprint=base.fingerprint,
     )
-    scores, _ = evaluate_global(replace(fed, evaluate_clients=False), state)
-    return replace(state, initial=scores)
+    found = evaluate_global(replace(fed, evaluate_clients=False), state)
+    stream = Progress().begun(found.tasks) if found.tasks else None
+    return replace(state, initial=found.scores, stream=stream)
 
 
 def check_base(state: RunState, base: BaseInfo, folder: Path) -> None:

@@ -46,6 +46,8 @@ class Outbox:
         there = [member for member in fed.members if member.id not in busy] if busy else fed.members
         if fleet is not None:
             there = [member for member in there if fleet.is_online(member.id, now_s)]
+        if fed.course is not None:
+            there = [member for member in map(self._now, there) if member.num_examples]
         if not there:
             return []
         seed = derive_seed(fed.seed, self._ctx.round, str(turn) if turn else "", "selection")
@@ -53,7 +55,7 @@ class Outbox:
         drawn = {*fed.selector.select(there, draw), *(() if turn else fed.strategy.required)}
         # a selection from a plug-in may name anybody
         places = sorted(fed.places[client] for client in drawn if client in fed.places and client not in busy)
-        return [fed.members[place] for place in places]
+        return [self._now(fed.members[place]) for place in places]
 
     def give(self, clients: Sequence[ClientInfo], now_s: float) -> list[Flight]:
         """A flight per client, due where a fleet is simulated."""
@@ -76,8 +78,9 @@ class Outbox:
         if key not in self._expected:
             payload, patches = self._payloads[flight.received], self._patches[: flight.patches]
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
-            task = TrainTask(*which, patches, flight.accepted)
-            client = _at_rank(self._fed.members[self._fed.places[flight.client]], flight.plan.rank)
+            task = TrainTask(*which, patches, flight.accepted, flight.stage)
+            member = self._fed.members[self._fed.places[flight.client]]
+            client = _at_rank(member.at(flight.stage), flight.plan.rank)
             form = self._form(flight.received, flight.plan.send)
             self._expected[key] = Expectation(client, task, form, self._fed.max_update_norm)
         return self._expected[key]
@@ -87,6 +90,10 @@ class Outbox:
         wanted = {flight.received for flight in flights}
         return {key: payload for key, payload in sorted(self._payloads.items()) if key in wanted}
 
+    def _now(self, member: ClientInfo) -> ClientInfo:
+        """A member as this round's task of the stream finds it."""
+        return member.at(self._fed.stage(member.id, self._ctx.round))
+
     def _flight(self, client: ClientInfo, now_s: float) -> Flight:
         fed, ctx, state = self._fed, self._ctx, self._state
         plan = fed.strategy.plan(ctx, client, state.strategy)
@@ -95,7 +102,8 @@ class Outbox:
         received = self._payload(client, plan)
         seed = derive_seed(fed.seed, ctx.round, client.id, "train")
         accepted = state.accepted.get(client.id, 0)
-        flight = Flight(ctx.round, client.id, plan, received, seed, len(self._patches), accepted, now_s)
+        stage = fed.stage(client.id, ctx.round)
+        flight = Flight(ctx.round, client.id, plan, received, seed, len(self._patches), accepted, now_s, stage=stage)
         if fed.fleet is None or fed.fleet.drops_out(client.id, ctx.round):
             return flight
         down, up = len(self._payloads[received]), self.expectation(flight).form.num_bytes
@@ -107,7 +115,7 @@ class Outbox:
         if plan not in self._planned:
             fed, ctx, state = self._fed, self._ctx, self._state
             client = _at_rank(client, plan.rank)
-            handed = hand_out(fed.strategy, client, ctx, state.strategy, fed.fresh)
+            handed = hand_out(fed.strategy, client, ctx, state.strategy, fed.fresh_pair(state.freezes))
             payload = encode_adapter(handed, fed.strategy.broadcast(client, ctx, state.strategy))
             self._planned[plan] = digest(payload)
             self._payloads[self._planned[plan]] = payload

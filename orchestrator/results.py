@@ -16,10 +16,12 @@ from fedlora.adapter.directory import TASK_TYPES, save_directory
 from fedlora.adapter.rank import truncate
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.config import RunConfig
+from fedlora.continual.course import Course
 from fedlora.protocol import BaseInfo, WorkerStats
 from fedlora.training.builtin import resolve
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
+from orchestrator.progress import Progress
 from orchestrator.report import write_report
 from orchestrator.state import RunState
 from orchestrator.stores.files import write_json, writing
@@ -43,6 +45,7 @@ def finish(
         "initial": state.initial,
         "final": state.last,
         "best": state.best,
+        "stream": describe_stream(state.stream, fed.course) if state.stream and fed.course else None,
         "bytes_up": state.totals.bytes_up,
         "bytes_down": state.totals.bytes_down,
         "wall_s": round(time.perf_counter() - began, 3),
@@ -64,6 +67,17 @@ def finish(
     fed.emit("run_finished", {"final": state.last, "adapter_sha256": summary["adapter_sha256"]})
     write_report(folder)
     return summary
+
+
+def describe_stream(stream: Progress, course: Course) -> dict[str, Any]:
+    """R[t, i] on the server's rows, what it comes to in total and per client, and when the adapter was frozen."""
+    return {
+        "tasks": list(course.names),
+        **stream.scores.to_json(),
+        "metrics": stream.scores.describe(),
+        "clients": {client: scores.describe() for client, scores in stream.clients.items()},
+        "freezes": [freeze["round"] for freeze in stream.freezes],
+    }
 
 
 def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) -> Path:

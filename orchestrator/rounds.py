@@ -24,6 +24,7 @@ from orchestrator.schedule import in_order, play, wanted
 from orchestrator.scoring import better, evaluate_global
 from orchestrator.selection import Record
 from orchestrator.state import RunState
+from orchestrator.streams import advance
 
 MAX_EMPTY_ROUNDS = 3  # in a row; one bad client may cost a round, but a run nobody answers must end
 
@@ -36,7 +37,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     """
     clock = _Clock()
     number = state.round + 1
-    ctx = fed.context(number, state.adapter)
+    ctx = fed.context(number, state)
     outbox, inbox = Outbox(fed, state, ctx), Inbox(fed, number)
     reach("round.started", number)
     closing = play(fed, state, outbox, inbox)
@@ -64,8 +65,9 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         ledger=ledger,
         accepted=dict(sorted(accepted.items())),
     )
-    due = number % fed.evaluate_every == 0 or number == fed.rounds
-    scores, spread = evaluate_global(fed, moved) if due else (None, None)
+    due = number % fed.evaluate_every == 0 or number == fed.rounds or fed.task_ends(number)
+    found = evaluate_global(fed, moved) if due else None
+    scores = found.scores if found else None
     clock.lap("evaluate")
     reach("round.evaluated", number)
 
@@ -77,7 +79,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         **describe(inbox),
         "problem": problem,
         "eval": scores,
-        "clients": spread,
+        "clients": found and found.spread,
         "bytes_down": outbox.bytes_down,
         "ranks": _count_ranks(outbox.given),
         "strategy": dict(aggregate.metrics) | folded,
@@ -88,11 +90,11 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     if problem:
         row |= {"admitted": [], "train": None}
     participation = Counter(state.participation) + Counter(u.flight.client for u in used)
-    return replace(
+    played = replace(
         moved,
         totals=state.totals.plus(row),
         last={"round": number, **scores} if scores else state.last,
-        best=better(state.best, scores, number),
+        best=better(state.best, scores if fed.all_met(number) else None, number),
         row=row,
         empty_rounds=empty,
         participation=dict(sorted(participation.items())),
@@ -103,6 +105,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         payloads=outbox.payloads(flights),
         clock_s=closing.clock_s,
     )
+    return advance(fed, played, used, found)
 
 
 def _aggregate(

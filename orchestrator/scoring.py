@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora.adapter.wire import encode_adapter
@@ -11,18 +13,34 @@ from fedlora.aggregation.combine import hand_out
 from fedlora.errors import RoundError
 from fedlora.protocol import EvalResult, EvalTask
 from orchestrator.federation import Federation
+from orchestrator.progress import TaskScores
 from orchestrator.state import RunState
 
 
-def evaluate_global(fed: Federation, state: RunState) -> tuple[dict[str, float], dict[str, Any] | None]:
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How good a model is.
+
+    Attributes:
+        scores: ``{"loss", "accuracy", "examples"}``.
+        spread: over clients; None where they hold nothing out or were not asked.
+        tasks: of a stream, one by one.
+    """
+
+    scores: dict[str, float]
+    spread: dict[str, Any] | None
+    tasks: TaskScores | None = None
+
+
+def evaluate_global(fed: Federation, state: RunState) -> Evaluation:
     """Score the global model on the server's rows, and on every client's held-out rows.
 
     Under a strategy with personal parts there is no one global model: every client scores its own on its own
-    held-out rows, and the scores are over all of these rows together.
-
-    Returns:
-        ``{"loss", "accuracy", "examples"}``, and the spread over clients (None where they hold nothing out).
+    held-out rows, and the scores are over all of these rows together. In a stream the rows are those of the tasks met
+    so far; at the start, and where a task ends, every task of the stream is looked at.
     """
+    if fed.course is not None:
+        return _evaluate_stream(fed, state)
     if fed.strategy.traits.personal:
         return _evaluate_personal(fed, state)
     payload, patches = encode_adapter(state.adapter), state.ledger.patches()
@@ -34,17 +52,51 @@ def evaluate_global(fed: Federation, state: RunState) -> tuple[dict[str, float],
     broken = next((result for result in results[:shards] if result.error), None)
     if broken is not None:
         raise RoundError(f"the evaluation of the test set failed: {broken.error}")
-    return _scores(results[:shards]), _client_spread(fed, results[shards:])
+    return Evaluation(_scores(results[:shards]), _client_spread(fed, results[shards:]))
 
 
-def _evaluate_personal(fed: Federation, state: RunState) -> tuple[dict[str, float], dict[str, Any] | None]:
-    patches, ctx = state.ledger.patches(), fed.context(state.round + 1, state.adapter)
+def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
+    assert fed.course is not None
+    count = len(fed.course.names)
+    met = fed.course.met(state.round) if state.round else frozenset(range(count))
+    every = range(count) if not state.round or fed.course.ends(state.round) else sorted(met)
+    payload, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
+    tasks = [
+        EvalTask("", payload, shard, shards, patches, stage=task, met=met) for task in every for shard in range(shards)
+    ]
+    if fed.evaluate_clients:
+        tasks += [
+            EvalTask(client.id, payload, ledger=patches, stage=task, met=met)
+            for client in fed.members
+            for task in sorted(met)
+            if client.stages[task][1]
+        ]
+    server: dict[int, EvalResult] = {}
+    clients: dict[str, dict[int, EvalResult]] = {}
+    for task, result in zip(tasks, fed.pool.evaluate(tasks), strict=True):
+        if result.error and not task.subject:
+            raise RoundError(f"the evaluation of the test set failed: {result.error}")
+        if result.error:
+            fed.emit("client_not_scored", {"client": task.subject, "reason": result.error})
+            continue
+        assert task.stage is not None
+        found = clients.setdefault(task.subject, {}) if task.subject else server
+        found[task.stage] = found[task.stage] + result if task.stage in found else result
+    scores = _scores([result for task, result in server.items() if task in met])
+    each = [functools.reduce(operator.add, own.values()) for own in clients.values()]
+    return Evaluation(scores, _spread(each), TaskScores(count, server, clients))
+
+
+def _evaluate_personal(fed: Federation, state: RunState) -> Evaluation:
+    patches, ctx = state.ledger.patches(), fed.context(state.round + 1, state)
     tasks = []
     for client in fed.members:
         if client.num_heldout:
             plan = fed.strategy.plan(ctx, client, state.strategy)
             at_plan = replace(client, rank=plan.rank)
-            payload = encode_adapter(hand_out(fed.strategy, at_plan, ctx, state.strategy, fed.fresh))
+            payload = encode_adapter(
+                hand_out(fed.strategy, at_plan, ctx, state.strategy, fed.fresh_pair(state.freezes))
+            )
             accepted = state.accepted.get(client.id, 0)
             tasks.append(EvalTask(client.id, payload, ledger=patches, keep=plan.keep, accepted=accepted))
     results = fed.pool.evaluate(tasks)
@@ -52,7 +104,7 @@ def _evaluate_personal(fed: Federation, state: RunState) -> tuple[dict[str, floa
         raise RoundError(
             f"no client could score its personal model: {results[0].error if results else 'no rows held out'}"
         )
-    return _scores([result for result in results if not result.error]), _client_spread(fed, results)
+    return Evaluation(_scores([result for result in results if not result.error]), _client_spread(fed, results))
 
 
 def _client_spread(fed: Federation, results: Sequence[EvalResult]) -> dict[str, Any] | None:

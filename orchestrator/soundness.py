@@ -6,6 +6,7 @@ from clients.attacks import build
 from fedlora.aggregation import Strategy, compose
 from fedlora.aggregation.wrapper import described
 from fedlora.config import RunConfig
+from fedlora.continual.plateau import Never, build_policy
 from fedlora.errors import ConfigError, nearest
 from fedlora.plugins import load_plugins
 from orchestrator.selection import build_selector, how_many
@@ -16,6 +17,8 @@ def check_names(config: RunConfig) -> None:
     load_plugins(config.plugins)
     compose(config.strategy)
     build_selector(config.clients.selection)
+    if config.continual:
+        build_policy(config.continual.freeze)
     if config.attack:
         build(config.attack)
 
@@ -34,9 +37,16 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             f"strategy: {name} keeps parts on the clients, so only they can score their models;"
             " set data.client_holdout above 0"
         )
-    if traits.patches_base and config.lora.use_dora and not merges:
+    freezes = config.continual is not None and not isinstance(build_policy(config.continual.freeze), Never)
+    if config.continual and traits.personal:
         raise ConfigError(
-            f"strategy: {name} patches the base, which DoRA normalises, and this base carries patches beside its"
+            f"strategy: {name} keeps parts on the clients, and the tasks of a stream are scored for one global model;"
+            " use a strategy without personal parts"
+        )
+    if (traits.patches_base or freezes) and config.lora.use_dora and not merges:
+        what = name if traits.patches_base else "continual.freeze"
+        raise ConfigError(
+            f"strategy: {what} patches the base, which DoRA normalises, and this base carries patches beside its"
             " weights; use model.dtype: float32 without quantization, or lora.use_dora: false"
         )
     if traits.freezes and config.lora.use_dora:
@@ -52,9 +62,10 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
                 f"strategy: {name} needs the client {client}, which is not registered{nearest(client, clients)}"
             )
     _check_schedule(name, strategy, config, clients)
-    if config.ledger.max_rank is not None and not traits.patches_base:
+    if config.ledger.max_rank is not None and not (traits.patches_base or freezes):
         raise ConfigError(
-            f"ledger.max_rank has no effect: {name} does not patch the base; use flora, fedex or fedex_het"
+            f"ledger.max_rank has no effect: {name} does not patch the base, and no task is frozen into it; use flora,"
+            " fedex or fedex_het"
         )
 
 

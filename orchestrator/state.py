@@ -12,9 +12,10 @@ from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import State
 from fedlora.errors import AdapterError, CheckpointError
 from orchestrator.flights import Flight
+from orchestrator.progress import Progress
 from orchestrator.selection import Record
 
-SCHEMA = 3
+SCHEMA = 4
 _PAYLOAD = "payload/"
 
 
@@ -61,6 +62,7 @@ class RunState:
         flights: work that is out and will count in a later round, by round and client.
         payloads: what those clients were sent, by SHA-256.
         clock_s: seconds of training so far; virtual ones where a fleet is simulated.
+        stream: how far a stream of tasks has come; None without one.
     """
 
     round: int
@@ -82,6 +84,12 @@ class RunState:
     flights: tuple[Flight, ...] = ()
     payloads: Mapping[str, bytes] = field(default_factory=dict)
     clock_s: float = 0.0
+    stream: Progress | None = None
+
+    @property
+    def freezes(self) -> int:
+        """How often the adapter has gone into the base."""
+        return len(self.stream.freezes) if self.stream else 0
 
 
 def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -108,6 +116,7 @@ def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "records": {client: asdict(record) for client, record in state.records.items()},
         "flights": [flight.note() for flight in state.flights],
         "clock_s": state.clock_s,
+        "stream": state.stream and state.stream.note(),
     }
     return note, tensors
 
@@ -151,6 +160,7 @@ def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor], patches: Mapp
                 n.removeprefix(_PAYLOAD): t.numpy().tobytes() for n, t in tensors.items() if n.startswith(_PAYLOAD)
             },
             clock_s=note["clock_s"],
+            stream=note["stream"] and Progress.of(note["stream"]),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint lacks {error}") from error

@@ -14,7 +14,8 @@ from fedlora.adapter.initial import check_rank
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
-from fedlora.data.partition import open_corpus
+from fedlora.continual.plateau import build_policy
+from fedlora.continual.stream import Stream, open_stream
 from fedlora.errors import FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.training.model import check_length, device_of, dtype_of, find_saved, find_sites, outline
@@ -40,10 +41,13 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     except FedLoRAError as error:
         problems.append(error)
     try:
-        corpus = open_corpus(config.data, config.clients.count, config.seed, config.model.task)
+        read = (config.data, config.continual, config.clients.count, config.seed, config.model.task)
+        stream = open_stream(*read)
+        corpus = stream.corpus
         rows = sorted(len(shard) for shard in corpus.shards.values())
         facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, form: {corpus.form}"
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
+        facts |= _stream_facts(stream)
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.declared, config.seed)
         if strategy is not None:
@@ -68,6 +72,8 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         problems.append(error)
     try:
         build_selector(config.clients.selection)
+        if config.continual:
+            build_policy(config.continual.freeze)
     except FedLoRAError as error:
         problems.append(error)
     try:
@@ -75,6 +81,16 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     except FedLoRAError as error:
         problems.append(error)
     return facts, problems
+
+
+def _stream_facts(stream: Stream) -> dict[str, Any]:
+    if not stream.tasks:
+        return {}
+    told = []
+    for task in stream.tasks:
+        rows, away = sum(map(len, task.shards.values())), len(stream.corpus.shards) - len(task.shards)
+        told.append(f"{task.name}: {rows} rows" + (f", none for {away} clients" if away else ""))
+    return {"stream": f"{len(told)} tasks ({'; '.join(told)})"}
 
 
 def _attack_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:

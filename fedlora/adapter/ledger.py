@@ -30,7 +30,7 @@ class Entry:
     Attributes:
         index: 1-based place in the ledger.
         parent: id of the entry before, or ``""``.
-        kind: ``residual``, ``restart`` or ``compaction``.
+        kind: ``patch``, ``merge`` or ``compaction``.
         payload: wire bytes of the modules.
         replaces: a compaction stands in for this many entries before it.
         provenance: round, contributors with their ranks, strategy; plain JSON data.

@@ -145,6 +145,10 @@ class Strategy(ABC):
         """The adapter as ``client`` receives it. Default: the best approximation at its rank."""
         return adapter.map(lambda update: ranks.resize(update, client.rank))
 
+    def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
+        """What is kept when ``adapter`` has gone into the base and a fresh pair starts. Default: nothing."""
+        return {}
+
     def broadcast(self, client: ClientInfo, ctx: RoundContext, state: State) -> Mapping[str, Tensor]:
         """Extra tensors that travel to ``client`` beside the adapter, and come back changed. Default: none."""
         return {}

@@ -47,6 +47,9 @@ class Wrapper(Strategy):
     def redistribute(self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State) -> AdapterState:
         return self.inner.redistribute(adapter, client, ctx, part(state, "inner"))
 
+    def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
+        return {"inner": self.inner.freeze(adapter, ctx, part(state, "inner"))}
+
     def broadcast(self, client: ClientInfo, ctx: RoundContext, state: State) -> Mapping[str, Tensor]:
         return self.inner.broadcast(client, ctx, part(state, "inner"))
 

@@ -18,7 +18,7 @@ from fedlora.errors import FedLoRAError
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import batch_indices, collate, steps_of
 from fedlora.training.methods import Memory, MethodStack
-from fedlora.training.objective import targets_and_logits
+from fedlora.training.objective import among, targets_and_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class LocalWork:
         pad_token_id: of the tokenizer.
         methods: change the gradients of every step, before clipping.
         memory: theirs before the first step.
+        labels: indices of the labels that compete in a classifier's loss; all where empty.
     """
 
     model: Any
@@ -44,6 +45,7 @@ class LocalWork:
     pad_token_id: int
     methods: MethodStack = field(default_factory=MethodStack)
     memory: Memory = field(default_factory=dict)
+    labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ def train(work: LocalWork) -> LocalResult:
             for part in parts:
                 batch = collate(part, work.pad_token_id, device)
                 logits, targets, _ = targets_and_logits(model, batch)
-                loss = cross_entropy(logits, targets, reduction="sum") / total
+                loss = cross_entropy(among(logits, work.labels), targets, reduction="sum") / total
                 loss.backward()
                 loss_sum += loss.detach()
                 tokens += int(batch["attention_mask"].sum())

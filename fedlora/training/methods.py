@@ -7,7 +7,7 @@ its ``memory``. So the same hooks serve a loop over one client and a trainer tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from fedlora.adapter.peft import extract, set_trainable
-from fedlora.adapter.state import AdapterState
+from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.combine import part_of
 from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.protocol import Method
@@ -37,6 +37,7 @@ class Start:
         scaling: ``scaling * B`` is B in effective units; everything else is in effective units already.
         extras: what the strategy sent this method, by tensor name, in effective units.
         kept: what this method kept after the client's last round; empty before the first.
+        frozen: gives what has gone into the base so far, by module path.
     """
 
     tensors: Tensors
@@ -45,6 +46,7 @@ class Start:
     scaling: float = 1.0
     extras: Tensors = field(default_factory=dict)
     kept: Tensors = field(default_factory=dict)
+    frozen: Callable[[], Mapping[str, LowRank]] = dict
 
     def unit(self, name: str) -> float:
         """Effective units per PEFT unit of a tensor. Its gradient in effective units is that in PEFT's over this."""

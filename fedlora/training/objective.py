@@ -1,7 +1,7 @@
 """What the model is scored on: class logits, or token logits where there are labels."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ def targets_and_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     with _head_sees(model, scored):
         logits = model(**inputs, use_cache=False).logits
     return logits.float(), labels[rows, positions + 1], rows
+
+
+def among(logits: Tensor, labels: Sequence[int]) -> Tensor:
+    """Logits [n, C] in which only these labels compete; all where ``labels`` is empty."""
+    if not labels:
+        return logits
+    kept = torch.tensor(labels, device=logits.device)
+    return torch.full_like(logits, -torch.inf).index_copy(1, kept, logits[:, kept])
 
 
 @contextlib.contextmanager

@@ -24,13 +24,13 @@ Record = Mapping[str, Any]
 _FEW = 40  # clients or labels that bars can still tell apart
 
 # Stand-ins that become CSS variables in the SVG, so that charts follow the page into dark mode.
-_INK, _FAINT, _BLUE, _ORANGE, _TEAL = "#010101", "#020202", "#030303", "#040404", "#050505"
-_NAMES = {_INK: "ink", _FAINT: "faint", _BLUE: "blue", _ORANGE: "orange", _TEAL: "teal"}
+INK, _FAINT, _BLUE, _ORANGE, _TEAL = "#010101", "#020202", "#030303", "#040404", "#050505"
+_NAMES = {INK: "ink", _FAINT: "faint", _BLUE: "blue", _ORANGE: "orange", _TEAL: "teal"}
 _THEME = {stand_in: f"var(--{name})" for stand_in, name in _NAMES.items()}
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 8,
-    **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color"], _INK),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
     **dict.fromkeys(["axes.edgecolor", "grid.color"], _FAINT),
     **dict.fromkeys(["axes.facecolor", "figure.facecolor"], "none"),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "axes.spines.left"], False),
@@ -108,7 +108,7 @@ def _lines(
 ) -> str:
     """A line over the rounds for every field of ``series``, which gives its name and colour."""
     x = [number for number, _ in records]
-    values = {field: np.array([_real(record.get(field)) for _, record in records]) for field in series}
+    values = {field: np.array([real(record.get(field)) for _, record in records]) for field in series}
     values = {field: y for field, y in values.items() if np.isfinite(y).any()}
     if not values:
         return figure(title, soft("Not recorded so far."))
@@ -120,13 +120,13 @@ def _lines(
             axes.fill_between(x, values["worst"], values["median"], color=_BLUE, alpha=0.15, linewidth=0)
         if share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        _round_axis(axes, x)
+        round_axis(axes, x)
 
     show = percent if share else decimal
     ends = [f"{series[f][0]} {show(y[0])} in round {x[0]}, {show(y[-1])} in round {x[-1]}" for f, y in values.items()]
     colours = {name: _THEME[stand_in] for name, stand_in in (series[field] for field in values)}
     above = legend(colours) if len(series) > 1 else ""
-    return figure(title, above + _svg(key, f"{title} by round: {'; '.join(ends)}.", draw))
+    return figure(title, above + svg(key, f"{title} by round: {'; '.join(ends)}.", draw))
 
 
 def _bytes_chart(rounds: Sequence[Record]) -> str:
@@ -137,16 +137,16 @@ def _bytes_chart(rounds: Sequence[Record]) -> str:
         edges = [x[0] - 0.5, *(number + 0.5 for number in x)]
         axes.stairs(up, edges, fill=True, color=_BLUE, alpha=0.8)
         axes.stairs(-down, edges, fill=True, color=_ORANGE, alpha=0.8)
-        axes.axhline(0, color=_INK, linewidth=0.6)
+        axes.axhline(0, color=INK, linewidth=0.6)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(abs(size))))
-        _round_axis(axes, x)
+        round_axis(axes, x)
 
     alt = f"Bytes by round: {human_bytes(up.mean())} up and {human_bytes(down.mean())} down on average."
     above = legend({"up, from clients": _THEME[_BLUE], "down, to clients": _THEME[_ORANGE]})
-    return figure("Bytes by round", above + _svg("bytes", alt, draw))
+    return figure("Bytes by round", above + svg("bytes", alt, draw))
 
 
-def _round_axis(axes: Any, x: Sequence[int]) -> None:
+def round_axis(axes: Any, x: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     axes.set_xlabel("round")
@@ -171,7 +171,7 @@ def _bars(names: Sequence[str], labels: Sequence[str], counts: np.ndarray) -> st
     title = "Rows by client and label" if labels else "Rows by client"
     alt = ", ".join(f"{name} {total:,}" for name, total in zip(names, counts.sum(axis=1), strict=True))
     above = legend(dict(zip(labels, colours, strict=True))) if labels else ""
-    return figure(title, above + _svg("bars", f"{title}: {alt}.", draw, height=0.7 + 0.17 * len(names)))
+    return figure(title, above + svg("bars", f"{title}: {alt}.", draw, height=0.7 + 0.17 * len(names)))
 
 
 def _heat_map(counts: np.ndarray) -> str:
@@ -194,7 +194,7 @@ def _heat_map(counts: np.ndarray) -> str:
     note = f"Stronger is more rows; the most that one client has of one label is {counts.max():,.0f}."
     if len(lines) < clients:
         note += f" A line is the mean of about {clients / len(lines):.0f} clients."
-    return figure("Rows by client and label", soft(note) + _svg("heat", alt, draw, height=3.2))
+    return figure("Rows by client and label", soft(note) + svg("heat", alt, draw, height=3.2))
 
 
 def _histogram(rows: Sequence[int]) -> str:
@@ -209,10 +209,10 @@ def _histogram(rows: Sequence[int]) -> str:
         axes.set_ylabel("clients")
 
     alt = f"Histogram of rows by client, from {least:,} to {most:,}."
-    return figure("How many rows clients have", _svg("rows", alt, draw, height=3.2))
+    return figure("How many rows clients have", svg("rows", alt, draw, height=3.2))
 
 
-def _svg(key: str, alt: str, draw: Callable[[Any], None], height: float = 2.3) -> str:
+def svg(key: str, alt: str, draw: Callable[[Any], None], height: float = 2.3) -> str:
     """An SVG element to embed beside others; ``key`` keeps its ids apart from theirs."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}), warnings.catch_warnings():
@@ -228,6 +228,6 @@ def _svg(key: str, alt: str, draw: Callable[[Any], None], height: float = 2.3) -
     return f'<svg role="img" aria-label="{escape(alt)}" {box}>{body}'
 
 
-def _real(value: float | None) -> float:
+def real(value: float | None) -> float:
     """``value``, or NaN (a gap in a line) for what cannot be drawn."""
     return float(value) if value is not None and math.isfinite(value) else math.nan

@@ -108,6 +108,7 @@ th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--faint); max-width: 30rem; overflow-wrap: break-word }
 th { color: var(--soft); font-weight: 500; white-space: nowrap } tfoot td { border: 0; font-weight: 600 }
 .r { text-align: right } .r, td:first-child { white-space: nowrap } summary { cursor: pointer }
+h3 { margin: 1.6rem 0 .6rem; font-size: 1rem } .heat td { padding: .3rem .6rem; border: 1px solid var(--paper) }
 pre { padding: 1rem; border-radius: .4rem; background: var(--card); overflow-x: auto;
   font: .8rem/1.5 ui-monospace, monospace }
 """

@@ -25,6 +25,7 @@ from orchestrator.report.markup import (
     soft,
     table,
 )
+from orchestrator.report.stream import stream
 from orchestrator.stores.files import read_json, read_lines, write_atomic
 from orchestrator.units import duration, human_bytes
 
@@ -125,6 +126,7 @@ def _page(run: _Run) -> str:
     facts = [run.summary.get("strategy"), run.summary.get("model"), data, plural(len(run.clients), "client")]
     sections = {
         "Curves": curves(run.rounds, run.summary.get("initial"), run.metric),
+        "The stream": stream(run.rounds, run.journal or (), run.summary.get("stream")),
         "Clients and their data": partition(run.clients),
         "Ranks": _ranks(run),
         "Bytes by round": _traffic(run.rounds),
@@ -132,7 +134,7 @@ def _page(run: _Run) -> str:
         "Incidents": _incidents(run.journal),
         "Configuration": folded("config.yaml", f"<pre>{escape(run.config_text)}</pre>"),
     }
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections.items())
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections.items() if content)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">

@@ -106,6 +106,52 @@ def test_mixed_ranks_resume_bit_identically_under_rules_that_keep_state(tmp_path
     assert facts.get(name, state.strategy)  # the test is about something
 
 
+# A stream of tasks: scores, buffers, what decides about freezing, and the freeze itself -----------------------------
+
+STREAM: dict[str, Any] = {
+    "continual": {
+        "split": 2,
+        "rounds": 2,
+        "loss_labels": "met",
+        "replay": {"rows": 6},
+        "freeze": {"period": {"rounds": 1}},
+    },
+    "strategy": [{"o_lora": {}}, {"server_momentum": {}}, "zero_pad"],
+    "clients__per_round": 4,
+    "rounds": 4,
+}
+
+
+def _play_stream(folder: str, failpoint: str) -> None:
+    os.environ["FEDLORA_FAILPOINT"] = failpoint
+    launch.run(toy_config(folder, **STREAM), quiet)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stream") / "run"
+    assert in_a_process(_play_stream, str(folder), "") == 0
+    return folder
+
+
+AROUND = ["round.trained:2", "round.evaluated:2", "round.frozen:2", "commit.ledger:2", "commit.renamed:2"]
+
+
+@pytest.mark.parametrize("failpoint", [*AROUND, "round.answered:3"])
+def test_kill_9_around_a_freeze_then_resume_gives_the_same_bytes(
+    tmp_path: Path, undisturbed_stream: Path, failpoint: str
+) -> None:
+    folder = tmp_path / "run"
+    assert in_a_process(_play_stream, str(folder), failpoint) == -signal.SIGKILL
+    assert in_a_process(_resume, str(folder)) == 0
+    resumed, expected = (read_json(f / "summary.json") for f in (folder, undisturbed_stream))
+    assert resumed["stream"]["freezes"] == [1, 2, 3]
+    assert resumed["adapter_sha256"] == expected["adapter_sha256"]
+    assert resumed["stream"] == expected["stream"]
+    rows, expected_rows = (read_lines(f / "metrics.jsonl") for f in (folder, undisturbed_stream))
+    assert without_times(rows) == without_times(expected_rows)
+
+
 def private_files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "private").rglob("*.safetensors"))}
 

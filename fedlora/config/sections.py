@@ -1,30 +1,19 @@
-"""The run's configuration: the only reader of YAML.
-
-Unknown keys are errors that name the nearest known key, and every problem of a file is reported at
-once. Algorithms never see these objects; factories take plain arguments.
-"""
+"""The sections of a configuration, one class each, with every key's type, default and meaning."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from fedlora.errors import ConfigError, nearest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The frozen base model."""
 
     name: str = Field(description="hub name, path, builtin:minilm, builtin:smollm2-135m, or a tiny random model")
@@ -35,7 +24,7 @@ class ModelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class PartitionConfig(_Section):
+class PartitionConfig(Section):
     """How one dataset becomes many clients; names and meaning are flwr-datasets'."""
 
     method: Literal[
@@ -49,7 +38,7 @@ class PartitionConfig(_Section):
     min_rows: int = Field(1, ge=1, description="dirichlet: redraw until every client has this many rows")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where rows come from."""
 
     name: str | None = Field(None, description="hub name, or builtin:bbc-news, builtin:chatterbot, builtin:toy")
@@ -103,7 +92,7 @@ def _whole(rank: Any) -> int:
     return int(rank)
 
 
-class ClientsConfig(_Section):
+class ClientsConfig(Section):
     """Who takes part."""
 
     count: int = Field(10, ge=1, description="clients the data is divided into (not used with client_files)")
@@ -136,7 +125,7 @@ class ClientsConfig(_Section):
         return self.examples_per_s if by_speed else self.memory_gb
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """The adapter, under PEFT's names."""
 
     r: int = Field(8, ge=1, description="rank of the global adapter, and of clients without their own")
@@ -159,7 +148,7 @@ class LoraConfig(_Section):
         return self
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Local training, under the Trainer's names."""
 
     learning_rate: float = Field(1e-3, gt=0)
@@ -190,7 +179,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """When the server looks; the last round is always scored."""
 
     every: int = Field(1, ge=1, description="rounds between evaluations")
@@ -198,7 +187,7 @@ class EvaluationConfig(_Section):
     max_rows_per_client: int | None = Field(64, ge=1)
 
 
-class AdmissionConfig(_Section):
+class AdmissionConfig(Section):
     """What an update must satisfy beyond the exact shapes that were asked for."""
 
     max_update_norm: float = Field(1e4, gt=0, description="Frobenius norm of a client's change")
@@ -212,7 +201,7 @@ def _read_attackers(value: Any) -> Any:
     raise ValueError(f"expected a share of the clients above 0 and below 1, or a list of client ids, not {value!r}")
 
 
-class AttackConfig(_Section):
+class AttackConfig(Section):
     """Hostile clients, simulated; see ``clients.attacks``."""
 
     name: str = Field(description="label_flip, sign_flip, scaled_update, gaussian, nan, alie, free_rider, or a plug-in")
@@ -222,7 +211,7 @@ class AttackConfig(_Section):
     )
 
 
-class LedgerConfig(_Section):
+class LedgerConfig(Section):
     """Patches of the base, for the strategies that make them."""
 
     max_rank: int | None = Field(
@@ -230,7 +219,84 @@ class LedgerConfig(_Section):
     )
 
 
-class ScheduleConfig(_Section):
+class StreamTaskConfig(Section):
+    """One task of a stream: any dataset, or some rows of one."""
+
+    name: str
+    data: DataConfig | None = Field(None, description="its rows; what is not given here is as in the run's data")
+    labels: list[str] | None = Field(None, min_length=1, description="only rows with these labels")
+    where: dict[str, list[str]] = Field({}, description="only rows with these values: {column: [value, ...]}")
+    prefix: bool = Field(False, description="its labels become name/label: the same word means another thing elsewhere")
+    rounds: int | None = Field(None, ge=1, description="default continual.rounds")
+
+
+class ReplayConfig(Section):
+    """Rows of earlier tasks that every client keeps and goes on training on."""
+
+    rows: int = Field(50, ge=1, description="of each client's buffer, over all earlier tasks")
+    balanced: bool = Field(False, description="as many rows of each label; else every row is as likely to stay")
+
+
+class ContinualConfig(Section):
+    """Tasks that come one after the other."""
+
+    tasks: list[StreamTaskConfig] = []
+    split: int | None = Field(
+        None, ge=2, description="instead of tasks: divide the label set into so many, in an order drawn from the seed"
+    )
+    rounds: int = Field(5, ge=1, description="rounds of a task that does not say")
+    scenario: Literal["class", "task", "domain"] = Field(
+        "class",
+        description="what a test row is scored against: all labels met so far (class), those of its own task (task);"
+        " domain: every task has the same labels",
+    )
+    loss_labels: Literal["task", "met", "all"] = Field(
+        "task", description="labels that compete in a client's loss: those of its present task, of all it has met, all"
+    )
+    order: Literal["same", "shuffled"] = Field(
+        "same", description="shuffled: every client meets tasks in its own order"
+    )
+    stagger: int = Field(0, ge=0, description="rounds by which clients may be behind, drawn once per client")
+    blur: float = Field(
+        0.0, ge=0, le=0.5, description="share of a task's rows that a client meets with a neighbouring task"
+    )
+    freeze: str | dict[str, dict[str, Any] | None] = Field(
+        "boundaries",
+        description="when the adapter goes into the base ledger and a fresh one starts: boundaries, plateau, published,"
+        " period or never; with options as {plateau: {window: 5}}",
+    )
+    replay: ReplayConfig | None = Field(None, description="a buffer on every client; {} for the defaults")
+    joint: bool = Field(False, description="the upper bound: everybody trains on the rows of all tasks all the time")
+
+    @model_validator(mode="after")
+    def _check(self) -> ContinualConfig:
+        if bool(self.tasks) == bool(self.split):
+            raise ValueError("continual needs tasks, or split: a number of tasks to divide the label set into")
+        if self.replay and self.loss_labels == "task" and self.scenario != "domain":
+            raise ValueError("replay brings rows of earlier tasks, whose labels must compete: use loss_labels: met")
+        if self.replay and self.joint:
+            raise ValueError("joint trains on the rows of all tasks anyway; leave replay out")
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tasks, in stream order."""
+        if self.split:
+            return tuple(f"task{place + 1}" for place in range(self.split))
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def task_rounds(self) -> tuple[int, ...]:
+        """Rounds of each task."""
+        if self.split:
+            return (self.rounds,) * self.split
+        return tuple(task.rounds or self.rounds for task in self.tasks)
+
+
+class ScheduleConfig(Section):
     """When a round closes, and what becomes of updates that come later."""
 
     mode: Literal["sync", "async"] = Field(
@@ -279,7 +345,7 @@ def _positive(number: Any) -> bool:
 Distribution = Annotated[list[float] | dict[str, dict[str, float]], BeforeValidator(_read_distribution)]
 
 
-class FleetConfig(_Section):
+class FleetConfig(Section):
     """Simulated devices: rounds are timed by a virtual clock, and nothing waits for them."""
 
     examples_per_s: Distribution = Field(
@@ -294,7 +360,7 @@ class FleetConfig(_Section):
     period_s: float = Field(3600.0, gt=0, description="each client comes and goes once in this time, at its own phase")
 
 
-class StoreConfig(_Section):
+class StoreConfig(Section):
     """Who may write the run folder, and where others can look on. The run folder itself stays the truth."""
 
     redis: str | None = Field(
@@ -303,7 +369,7 @@ class StoreConfig(_Section):
     lease_s: float = Field(10.0, ge=1, description="a silent orchestrator's run may be taken over after this time")
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray pool."""
 
     address: str | None = Field(None, description="of a running cluster; default: $RAY_ADDRESS, else start one here")
@@ -314,212 +380,3 @@ class RayConfig(_Section):
         {}, description="custom resources each worker reserves, as nodes were started with"
     )
     task_retries: int = Field(1, ge=0, description="times a task is given to another worker when its worker dies")
-
-
-_AROUND = ("output_dir", "store")  # where results go and who looks on: they do not define the results
-
-
-class RunConfig(_Section):
-    """Everything that defines a run."""
-
-    name: str | None = None
-    model: ModelConfig
-    data: DataConfig
-    clients: ClientsConfig = ClientsConfig()
-    lora: LoraConfig = LoraConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    admission: AdmissionConfig = AdmissionConfig()
-    attack: AttackConfig | None = None
-    strategy: str | dict[str, dict[str, Any] | None] | list[str | dict[str, dict[str, Any] | None]] = Field(
-        "flexlora", description="a rule, a rule with its options, or wrappers and a rule: [{clip: {}}, flexlora]"
-    )
-    ledger: LedgerConfig = LedgerConfig()
-    plugins: list[str] = Field([], description="Python files that register strategies, wrappers or attacks")
-    weighting: Literal["examples", "uniform"] = "examples"
-    rounds: int = Field(10, ge=1)
-    seed: int = Field(0, ge=0)
-    schedule: ScheduleConfig = ScheduleConfig()
-    fleet: FleetConfig | None = Field(None, description="simulated devices with a virtual clock; {} for the defaults")
-    pool: Literal["local", "ray"] = "local"
-    ray: RayConfig = RayConfig()
-    store: StoreConfig = StoreConfig()
-    threads: int | None = Field(None, ge=1, description="torch threads per worker; default: all cores, or ray.num_cpus")
-    keep_checkpoints: int = Field(2, ge=1)
-    output_dir: str = "runs/default"
-
-    @model_validator(mode="after")
-    def _check(self) -> RunConfig:
-        problems = []
-        largest = max(_listed_ranks(self.clients.ranks), default=0)
-        if largest > self.lora.r:
-            problems.append(
-                f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r"
-            )
-        if not (self.data.name or self.data.train_file or self.data.client_files):
-            problems.append("data needs a name, a train_file or client_files")
-        if self.data.client_files and self.data.max_train_rows:
-            problems.append("data.max_train_rows samples one dataset; it is not used with client_files")
-        if self.data.client_files and self.data.train_file:
-            problems.append("data has both train_file and client_files; give one")
-        layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
-        if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):
-            problems.append("strategy is a name, one name with its options, or a list of these")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def strategy_name(self) -> str:
-        """Names of the strategy's layers, outermost first: ``server_momentum(clip(flexlora))``."""
-        layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
-        names = [layer if isinstance(layer, str) else next(iter(layer)) for layer in layers]
-        return "(".join(names) + ")" * (len(names) - 1)
-
-    def resolved(self) -> dict[str, Any]:
-        """Every key with its value, as plain data."""
-        return self.model_dump(mode="json")
-
-    def sha256(self) -> str:
-        """Hash of what defines the results: everything but where they are written and who looks on."""
-        content = {key: value for key, value in self.resolved().items() if key not in _AROUND}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """The resolved configuration as YAML that ``load_config`` reads back."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
-
-
-def _listed_ranks(ranks: list[int] | dict[str, dict[int, float]] | None) -> list[int]:
-    if isinstance(ranks, dict):
-        return list(next(iter(ranks.values())))
-    return ranks or []
-
-
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply ``--set key=value`` overrides.
-
-    Without an ``output_dir``, results go to ``runs/<name>``, or to ``runs/<name>-<hash of the overrides>``.
-
-    Raises:
-        ConfigError: with every problem found, each naming its key.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"config: cannot read {path}: {error.strerror}{nearest(str(path), siblings)}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config: {path} is not UTF-8 text") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config: {path} must hold a mapping of keys, not {type(content).__name__}")
-    for override in overrides:
-        _override(content, override)
-    content.setdefault("name", path.stem)
-    content.setdefault("output_dir", f"runs/{content['name']}{_suffix(overrides)}")
-    return parse_config(content)
-
-
-def parse_config(content: Mapping[str, Any]) -> RunConfig:
-    """Validate plain data.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    try:
-        return RunConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(*[_sentence(item) for item in error.errors()]) from error
-
-
-def differences(mine: RunConfig, other: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, those aside that do not define the results."""
-    left, right = dict(_flatten(mine.resolved())), dict(_flatten(other.resolved()))
-    different = {key for key in left | right if left.get(key) != right.get(key)}
-    return sorted(key for key in different if key.split(".")[0] not in _AROUND)
-
-
-def _suffix(overrides: Sequence[str]) -> str:
-    """Part of a default folder's name that tells runs with different overrides apart, such as ``-1f3a9c``."""
-    if not overrides:
-        return ""
-    return "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:6]
-
-
-def _override(content: dict[str, Any], text: str) -> None:
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {text}: expected key=value, such as --set training.learning_rate=0.001")
-    *parents, last = key.strip().split(".")
-    node = content
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {text}: {parent} is {child!r}, not a section with keys of its own")
-        node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML") from error
-
-
-def _sentence(item: Mapping[str, Any]) -> str:
-    """One problem in our words."""
-    location = [str(part) for part in item["loc"] if isinstance(part, str)]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        return f"config: {key} is not a key{_suggest(location)}"
-    if item["type"] == "missing":
-        return f"config: {key} is required"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"config: {key}: {message}" if key else f"config: {message}"
-    value = str(item["input"])
-    return f"config: {key} is {value[:80]!r}: {message[0].lower()}{message[1:]}"
-
-
-def _suggest(location: list[str]) -> str:
-    """The nearest key in the same section, else the same name in another section."""
-    every = list(known_keys())
-    parent = ".".join(location[:-1])
-    siblings = [key for key in every if key.rpartition(".")[0] == parent]
-    hint = nearest(".".join(location), siblings)
-    if not hint or location[-1] in {key.rpartition(".")[2] for key in every}:
-        same = [key for key in every if key.rpartition(".")[2] == location[-1]]
-        hint = f"; did you mean {same[0]}?" if same else hint
-    return hint or nearest(".".join(location), every)
-
-
-def known_keys() -> Iterator[str]:
-    """Every dotted key of a configuration."""
-    yield from _keys_of(RunConfig, "")
-
-
-def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        for inner in _models_in(field.annotation):
-            yield from _keys_of(inner, f"{prefix}{name}.")
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [model for part in typing.get_args(annotation) for model in _models_in(part)]
-    return []
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

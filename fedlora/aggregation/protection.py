@@ -1,0 +1,54 @@
+"""Wrappers for streams of tasks: what keeps a client from unlearning earlier tasks, and the plainest baseline.
+
+The hooks themselves run in local training, see ``fedlora.continual.orthogonal``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora.aggregation.base import RoundContext, State, Strategy
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper
+from fedlora.errors import ConfigError
+from fedlora.protocol import ClientInfo, Method, TrainPlan
+
+
+@WRAPPERS.register("o_lora")
+class OLoRA(Wrapper):
+    """The adapter of each task is pushed out of the directions that earlier tasks read from.
+
+    It reads what was frozen from the base ledger, so nothing more travels; without a freeze it does nothing.
+
+    Args:
+        weight: of the penalty; 0 is plain training.
+    """
+
+    name = "o_lora"
+    equation = "local loss + weight * sum over modules ||A Q||_F^2,  Q an orthonormal basis of the frozen rows"
+    source = "O-LoRA (Wang et al., 2023, arXiv 2310.14152), with a basis in the place of the frozen A"
+
+    def __init__(self, inner: Strategy, weight: float = 0.5):
+        super().__init__(inner)
+        if not weight >= 0:
+            raise ConfigError(f"strategy: o_lora.weight must be at least 0, not {weight}")
+        self.weight = weight
+
+    def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
+        plan = super().plan(ctx, client, state)
+        return replace(plan, methods=(*plan.methods, Method.of("o_lora", weight=self.weight)))
+
+
+@WRAPPERS.register("head_only")
+class HeadOnly(Wrapper):
+    """Only what is trained in full learns, such as a classifier's head; the base stays as it is.
+
+    On a small stream this is hard to beat: features that never change are never forgotten.
+    """
+
+    name = "head_only"
+    equation = "B = 0;  head = sum_k w_k head_k"
+    source = "the frozen-feature baseline of continual learning"
+
+    def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
+        plan = super().plan(ctx, client, state)
+        return replace(plan, train=frozenset({"dense"}), send=frozenset({"dense"}))

@@ -1,0 +1,38 @@
+"""The run's configuration: the only reader of YAML.
+
+Unknown keys are errors that name the nearest known key. Algorithms never see these objects; factories take plain
+arguments.
+"""
+
+from fedlora.config.reading import differences, known_keys, load_config, parse_config
+from fedlora.config.run import RunConfig
+from fedlora.config.sections import (
+    AttackConfig,
+    ClientsConfig,
+    ContinualConfig,
+    DataConfig,
+    Distribution,
+    FleetConfig,
+    PartitionConfig,
+    ScheduleConfig,
+    StreamTaskConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AttackConfig",
+    "ClientsConfig",
+    "ContinualConfig",
+    "DataConfig",
+    "Distribution",
+    "FleetConfig",
+    "PartitionConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StreamTaskConfig",
+    "TrainingConfig",
+    "differences",
+    "known_keys",
+    "load_config",
+    "parse_config",
+]

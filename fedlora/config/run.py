@@ -1,0 +1,113 @@
+"""The whole configuration of a run, and what holds between its sections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from fedlora.config.sections import (
+    AdmissionConfig,
+    AttackConfig,
+    ClientsConfig,
+    ContinualConfig,
+    DataConfig,
+    EvaluationConfig,
+    FleetConfig,
+    LedgerConfig,
+    LoraConfig,
+    ModelConfig,
+    RayConfig,
+    ScheduleConfig,
+    Section,
+    StoreConfig,
+    TrainingConfig,
+)
+
+AROUND = ("output_dir", "store")  # where results go and who looks on: they do not define the results
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    name: str | None = None
+    model: ModelConfig
+    data: DataConfig
+    clients: ClientsConfig = ClientsConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    attack: AttackConfig | None = None
+    strategy: str | dict[str, dict[str, Any] | None] | list[str | dict[str, dict[str, Any] | None]] = Field(
+        "flexlora", description="a rule, a rule with its options, or wrappers and a rule: [{clip: {}}, flexlora]"
+    )
+    ledger: LedgerConfig = LedgerConfig()
+    continual: ContinualConfig | None = Field(None, description="a stream of tasks; its rounds are those of the run")
+    plugins: list[str] = Field([], description="Python files that register strategies, wrappers or attacks")
+    weighting: Literal["examples", "uniform"] = "examples"
+    rounds: int = Field(10, ge=1)
+    seed: int = Field(0, ge=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    fleet: FleetConfig | None = Field(None, description="simulated devices with a virtual clock; {} for the defaults")
+    pool: Literal["local", "ray"] = "local"
+    ray: RayConfig = RayConfig()
+    store: StoreConfig = StoreConfig()
+    threads: int | None = Field(None, ge=1, description="torch threads per worker; default: all cores, or ray.num_cpus")
+    keep_checkpoints: int = Field(2, ge=1)
+    output_dir: str = "runs/default"
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        problems = []
+        largest = max(_listed_ranks(self.clients.ranks), default=0)
+        if largest > self.lora.r:
+            problems.append(
+                f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r"
+            )
+        if not (self.data.name or self.data.train_file or self.data.client_files):
+            problems.append("data needs a name, a train_file or client_files")
+        if self.data.client_files and self.data.max_train_rows:
+            problems.append("data.max_train_rows samples one dataset; it is not used with client_files")
+        if self.data.client_files and self.data.train_file:
+            problems.append("data has both train_file and client_files; give one")
+        if self.continual:
+            total = sum(self.continual.task_rounds)
+            if "rounds" in self.model_fields_set and self.rounds != total:
+                problems.append(f"rounds is {self.rounds}, but the tasks of continual take {total}; leave rounds out")
+            self.__dict__["rounds"] = total  # of a frozen model, before anybody has seen it
+        layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
+        if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):
+            problems.append("strategy is a name, one name with its options, or a list of these")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def strategy_name(self) -> str:
+        """Names of the strategy's layers, outermost first: ``server_momentum(clip(flexlora))``."""
+        layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
+        names = [layer if isinstance(layer, str) else next(iter(layer)) for layer in layers]
+        return "(".join(names) + ")" * (len(names) - 1)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+    def sha256(self) -> str:
+        """Hash of what defines the results: everything but where they are written and who looks on."""
+        content = {key: value for key, value in self.resolved().items() if key not in AROUND}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that ``load_config`` reads back."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _listed_ranks(ranks: list[int] | dict[str, dict[int, float]] | None) -> list[int]:
+    if isinstance(ranks, dict):
+        return list(next(iter(ranks.values())))
+    return ranks or []
