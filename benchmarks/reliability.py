@@ -38,7 +38,7 @@ from tests.conftest import quiet, toy_config
 
 DOC = Path(__file__).parent.parent / "docs" / "reliability.md"
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["orchestrator.launch", "tests.conftest"])
+SPAWN.set_forkserver_preload(["orchestrator.launch", "clients.runtime", "tests.conftest"])
 SETTINGS: dict[str, Any] = {"clients__per_round": 4, "rounds": 3}
 
 

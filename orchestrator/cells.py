@@ -113,7 +113,7 @@ def _in_processes(cells: Sequence[Cell], jobs: int, listen: Listener) -> Iterato
     # forks of a server that has imported everything and run nothing: a fork of this process, whose torch has started
     # threads, can hang
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["orchestrator.launch"])
+    context.set_forkserver_preload(["orchestrator.launch", "clients.runtime"])
     workers: dict[Connection, BaseProcess] = {}
     busy: dict[Connection, Cell] = {}
     waiting = deque(cells)

@@ -19,7 +19,7 @@ from fedlora.errors import FedLoRAError
 from orchestrator import launch
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["orchestrator.launch", "tests.conftest"])
+SPAWN.set_forkserver_preload(["orchestrator.launch", "clients.runtime", "tests.conftest"])
 
 
 class Server:

@@ -22,7 +22,7 @@ from tests.conftest import quiet, toy_config
 
 COMMAND = "fedlora compare ..."
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["orchestrator.launch", "tests.conftest"])
+CLEAN.set_forkserver_preload(["orchestrator.launch", "clients.runtime", "tests.conftest"])
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from orchestrator.stores.files import read_json, read_lines
 from tests.conftest import quiet, toy_config
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["orchestrator.launch", "tests.conftest"])
+SPAWN.set_forkserver_preload(["orchestrator.launch", "clients.runtime", "tests.conftest"])
 
 
 def _run_until_killed(folder: str, failpoint: str) -> None:
