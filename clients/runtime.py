@@ -290,7 +290,9 @@ class ClientRuntime:
         if kind == "heldout":
             own = rows.heldout.get(client, ())
             return corpus.train.select(own[: self._cut(len(own))])
-        return corpus.train.select(rows.shards.get(client, ()))
+        if not rows.shards.get(client):
+            raise DataError(f"client {client} has no rows to train on")
+        return corpus.train.select(rows.shards[client])
 
 
 def personal(state: AdapterState, keep: frozenset[str]) -> dict[str, Tensor]:

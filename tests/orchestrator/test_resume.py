@@ -134,10 +134,11 @@ def undisturbed_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-AROUND = ["round.trained:2", "round.evaluated:2", "round.frozen:2", "commit.ledger:2", "commit.renamed:2"]
+AROUND = ["round.frozen:2", "commit.ledger:2"]
+FARTHER = ["round.trained:2", "round.evaluated:2", "commit.renamed:2", "round.answered:3"]
 
 
-@pytest.mark.parametrize("failpoint", [*AROUND, "round.answered:3"])
+@pytest.mark.parametrize("failpoint", [*AROUND, *(pytest.param(point, marks=pytest.mark.slow) for point in FARTHER)])
 def test_kill_9_around_a_freeze_then_resume_gives_the_same_bytes(
     tmp_path: Path, undisturbed_stream: Path, failpoint: str
 ) -> None:
