@@ -142,7 +142,7 @@ class ClientRuntime:
         options = options.model_copy(update={"learning_rate": decayed})
         pad_token_id = adapted.base.tokenizer.pad_token_id
         if trains:
-            labels = self._competing(task)
+            labels = self._competing(task, examples)
             work = LocalWork(model, parameters, examples, options, task.seed, pad_token_id, methods, memory, labels)
             result = train(work)
             answer = methods.finish({key: tensor.detach() for key, tensor in parameters.items()}, result.memory)
@@ -164,7 +164,8 @@ class ClientRuntime:
 
     def _attack(self, assault: Assault, task: TrainTask) -> Learned:
         """What an attacker comes to."""
-        attack, own = assault.attack, self._examples("train", task.client, task.stage).examples
+        attack = assault.attack
+        own = [*self._examples("train", task.client, task.stage).examples, *self._replayed(task)]
         scene = assault.scene(task, lambda: self._honest_deltas(assault, task))
         examples = attack.examples(own, scene)
         if attack.colludes and examples is own:
@@ -178,7 +179,10 @@ class ClientRuntime:
         deltas = []
         for client in assault.group:
             with contextlib.suppress(FedLoRAError):
-                deltas.append(self._honest(assault.task_of(client, task)).delta)
+                theirs = assault.task_of(client, task)
+                if self._course is not None:
+                    theirs = replace(theirs, stage=self._course.task_of(client, task.round))
+                deltas.append(self._honest(theirs).delta)
         return deltas
 
     def _honest(self, task: TrainTask) -> Learned:
@@ -235,13 +239,15 @@ class ClientRuntime:
         self.base_loads += 1
         return load_base(base_spec(self._config, task_of(self._config, self.corpus), self.corpus.labels))
 
-    def _competing(self, task: TrainTask) -> tuple[int, ...]:
-        """The labels that compete in the loss of a task; none for all."""
+    def _competing(self, task: TrainTask, examples: Sequence[Example]) -> tuple[int, ...]:
+        """The labels that compete in the loss of a task, those of its rows always among them; none for all."""
         settings = self._config.continual
         if self._course is None or settings is None or settings.loss_labels == "all" or task.stage is None:
             return ()
         met = {task.stage} if settings.loss_labels == "task" else self._course.met_by(task.client, task.round)
-        return labels_of(self.stream, met)
+        labels = labels_of(self.stream, met)
+        present = {example.labels for example in examples if isinstance(example.labels, int)}
+        return tuple(sorted({*labels, *present})) if labels else ()
 
     def _replayed(self, task: TrainTask) -> list[Example]:
         """What the client trains on beside its present task: its buffer of earlier ones."""

@@ -93,6 +93,13 @@ class Federation:
         seed = derive_seed(self.seed, freezes, "", "fresh pair")
         return initial_adapter(sites, self.fresh.dense, self.rank, seed, self.init)
 
+    def with_rows(self, number: int) -> Sequence[ClientInfo]:
+        """The members who have rows to train on in a round, as that round finds them."""
+        if self.course is None:
+            return self.members
+        present = (member.at(self.stage(member.id, number)) for member in self.members)
+        return [member for member in present if member.num_examples]
+
     def context(self, number: int, state: RunState) -> RoundContext:
         """Round ``number`` from this state, with pairs that could never learn again revived."""
         seed = derive_seed(self.seed, number, "", "strategy")

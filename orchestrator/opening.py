@@ -22,7 +22,7 @@ from orchestrator.fleet import Fleet
 from orchestrator.progress import Progress
 from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
-from orchestrator.soundness import check_strategy
+from orchestrator.soundness import check_strategy, check_stream
 from orchestrator.state import RunState
 
 
@@ -41,6 +41,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     members = [replace(member, rank=ranks[member.id]) for member in members]
     base = pool.base()
     check_strategy(strategy, config, [member.id for member in members], base.merges)
+    check_stream(strategy, members, base)
     check_rank(base.sites, rank)
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:

@@ -43,11 +43,10 @@ class Outbox:
             turn: tells the draws of one round apart.
         """
         fed, fleet = self._fed, self._fed.fleet
-        there = [member for member in fed.members if member.id not in busy] if busy else fed.members
+        able = fed.with_rows(self._ctx.round)
+        there = [member for member in able if member.id not in busy] if busy else able
         if fleet is not None:
             there = [member for member in there if fleet.is_online(member.id, now_s)]
-        if fed.course is not None:
-            there = [member for member in map(self._now, there) if member.num_examples]
         if not there:
             return []
         seed = derive_seed(fed.seed, self._ctx.round, str(turn) if turn else "", "selection")
@@ -55,7 +54,8 @@ class Outbox:
         drawn = {*fed.selector.select(there, draw), *(() if turn else fed.strategy.required)}
         # a selection from a plug-in may name anybody
         places = sorted(fed.places[client] for client in drawn if client in fed.places and client not in busy)
-        return [self._now(fed.members[place]) for place in places]
+        chosen = [self._now(fed.members[place]) for place in places]
+        return [client for client in chosen if client.num_examples or fed.course is None]
 
     def give(self, clients: Sequence[ClientInfo], now_s: float) -> list[Flight]:
         """A flight per client, due where a fleet is simulated."""

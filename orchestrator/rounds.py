@@ -113,7 +113,7 @@ def _aggregate(
 ) -> tuple[Aggregate, str | None]:
     """The strategy's answer; or the model as it is, and why, where too few came or the strategy cannot use them."""
     unchanged = Aggregate(state.adapter, state.strategy)
-    needed = math.ceil(fed.schedule.quorum * wanted(fed) - 1e-9)
+    needed = math.ceil(fed.schedule.quorum * wanted(fed, ctx.round) - 1e-9)
     if len(used) < needed:
         return unchanged, f"{len(used)} updates came, and schedule.quorum asks for {needed}"
     if not used:

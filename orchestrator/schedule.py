@@ -56,9 +56,9 @@ def _not_too_old(fed: Federation, state: RunState, inbox: Inbox) -> tuple[Flight
     return tuple(flight for flight in state.flights if flight not in old)
 
 
-def wanted(fed: Federation) -> int:
+def wanted(fed: Federation, number: int) -> int:
     """Updates a round waits for, where everybody answers."""
-    per_round = how_many(fed.per_round, len(fed.members))
+    per_round = min(how_many(fed.per_round, len(fed.members)), max(len(fed.with_rows(number)), 1))
     return min(fed.schedule.buffer, per_round) if fed.schedule.mode == "async" else per_round
 
 
@@ -66,13 +66,14 @@ def wanted(fed: Federation) -> int:
 
 
 def _synchronous(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
-    target = wanted(fed)
+    target = wanted(fed, inbox.number)
     asked = min(math.ceil(target * fed.schedule.over_selection - 1e-9), len(fed.members))
     busy = {flight.client for flight in state.flights}
     now = state.clock_s
     chosen = outbox.choose(asked, busy, now)
     if not chosen and fed.fleet is not None and not state.flights:
-        now = fed.fleet.next_online_s(now)
+        later = fed.fleet.next_online_s(now, {member.id for member in fed.with_rows(inbox.number)})
+        now = later if later < math.inf else now
         chosen = outbox.choose(asked, busy, now)
     fed.emit("round_started", {"round": inbox.number, "selected": [client.id for client in chosen], "wanted": target})
     new = outbox.give(chosen, now)
@@ -140,7 +141,7 @@ def _by_real_clock(
 
 def _buffered(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
     """FedBuff (Nguyen et al., 2022, arXiv 2106.06639): a new client starts whenever one ends."""
-    fed.emit("round_started", {"round": inbox.number, "selected": [], "wanted": wanted(fed)})
+    fed.emit("round_started", {"round": inbox.number, "selected": [], "wanted": wanted(fed, inbox.number)})
     if fed.fleet is None:
         return _buffered_by_real_clock(fed, state, outbox, inbox)
     return _buffered_by_virtual_clock(fed, state, outbox, inbox)
@@ -148,7 +149,7 @@ def _buffered(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) ->
 
 def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
     assert fed.fleet is not None
-    places, target = how_many(fed.per_round, len(fed.members)), wanted(fed)
+    places, target = how_many(fed.per_round, len(fed.members)), wanted(fed, inbox.number)
     limit = math.inf if fed.schedule.deadline_s is None else fed.schedule.deadline_s
     flights, now, turn, tries = list(state.flights), state.clock_s, 0, 0
     came: list[Flight] = []
@@ -159,7 +160,8 @@ def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox,
             flights += outbox.give(outbox.choose(free, busy, now, turn), now)
             turn += 1
         if not flights:
-            unasked = {member.id for member in fed.members} - {flight.client for flight in came} - inbox.answered
+            able = {member.id for member in fed.with_rows(inbox.number)}
+            unasked = able - {flight.client for flight in came} - inbox.answered
             later = fed.fleet.next_online_s(now, unasked)
             if later == math.inf:
                 break  # everyone has answered
@@ -181,7 +183,7 @@ def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox,
 
 
 def _buffered_by_real_clock(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
-    places, target = how_many(fed.per_round, len(fed.members)), wanted(fed)
+    places, target = how_many(fed.per_round, len(fed.members)), wanted(fed, inbox.number)
     limit = math.inf if fed.schedule.deadline_s is None else fed.schedule.deadline_s
     out = {flight.client: flight for flight in state.flights}
     begun, now, turn = time.monotonic(), state.clock_s, 0

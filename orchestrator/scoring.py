@@ -62,7 +62,10 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
     every = range(count) if not state.round or fed.course.ends(state.round) else sorted(met)
     payload, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
     tasks = [
-        EvalTask("", payload, shard, shards, patches, stage=task, met=met) for task in every for shard in range(shards)
+        # before training a task is scored against the labels that it will compete with right before its turn
+        EvalTask("", payload, shard, shards, patches, stage=task, met=met if state.round else frozenset(range(task)))
+        for task in every
+        for shard in range(shards)
     ]
     if fed.evaluate_clients:
         tasks += [

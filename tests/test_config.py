@@ -125,8 +125,11 @@ def test_the_hash_ignores_where_results_go_and_nothing_else() -> None:
 def test_every_shipped_config_is_valid_and_begins_with_its_command(path: Path) -> None:
     assert path.read_text().splitlines()[0].startswith(f"# fedlora run configs/{path.name}")
     files = ["data.train_file=a.jsonl", "data.test_file=b.jsonl"]
-    config = load_config(path, ["rounds=2", "seed=1", "pool=ray", "strategy=zero_pad", "output_dir=x", *files])
-    assert (config.rounds, config.seed, config.pool, config.strategy_name) == (2, 1, "ray", "zero_pad")
+    stream = load_config(path).continual
+    rounds = "continual.rounds=2" if stream else "rounds=2"
+    config = load_config(path, [rounds, "seed=1", "pool=ray", "strategy=zero_pad", "output_dir=x", *files])
+    assert config.rounds == 2 * (len(stream.names) if stream else 1)
+    assert (config.seed, config.pool, config.strategy_name) == (1, "ray", "zero_pad")
     assert config.data.train_file == "a.jsonl"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedlora.aggregation.base import RoundContext, State, Strategy
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, Method, TrainPlan
 
@@ -31,6 +31,11 @@ class OLoRA(Wrapper):
         super().__init__(inner)
         if not weight >= 0:
             raise ConfigError(f"strategy: o_lora.weight must be at least 0, not {weight}")
+        if inner.traits.patches_base or inner.traits.core:
+            raise ConfigError(
+                f"strategy: o_lora keeps a trained A out of what was frozen, and {described(inner)} patches the base in"
+                " every round or trains no A; use flexlora, zero_pad or fedit"
+            )
         self.weight = weight
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
@@ -48,6 +53,11 @@ class HeadOnly(Wrapper):
     name = "head_only"
     equation = "B = 0;  head = sum_k w_k head_k"
     source = "the frozen-feature baseline of continual learning"
+
+    def __init__(self, inner: Strategy):
+        super().__init__(inner)
+        if inner.traits.whole_cohort:
+            raise ConfigError(f"strategy: {described(inner)} corrects factors that head_only does not train")
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         plan = super().plan(ctx, client, state)

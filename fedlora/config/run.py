@@ -68,7 +68,8 @@ class RunConfig(Section):
             problems.append(
                 f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r"
             )
-        if not (self.data.name or self.data.train_file or self.data.client_files):
+        tasks = self.continual.tasks if self.continual else []
+        if not (tasks and all(task.data and _has_source(task.data) for task in tasks)) and not _has_source(self.data):
             problems.append("data needs a name, a train_file or client_files")
         if self.data.client_files and self.data.max_train_rows:
             problems.append("data.max_train_rows samples one dataset; it is not used with client_files")
@@ -79,6 +80,9 @@ class RunConfig(Section):
             if "rounds" in self.model_fields_set and self.rounds != total:
                 problems.append(f"rounds is {self.rounds}, but the tasks of continual take {total}; leave rounds out")
             self.__dict__["rounds"] = total  # of a frozen model, before anybody has seen it
+            # merged once, so that a configuration that was written out and read back means the same
+            tasks = [task.model_copy(update={"data": _merged(self.data, task.data)}) for task in self.continual.tasks]
+            self.__dict__["continual"] = self.continual.model_copy(update={"tasks": tasks})
         layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
         if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):
             problems.append("strategy is a name, one name with its options, or a list of these")
@@ -105,6 +109,20 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that ``load_config`` reads back."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _has_source(data: DataConfig) -> bool:
+    return bool(data.name or data.train_file or data.client_files)
+
+
+def _merged(data: DataConfig, own: DataConfig | None) -> DataConfig | None:
+    """The data of a task that has some of its own: what it does not say is as in the run's, but for the source."""
+    if own is None:
+        return None
+    given = {key: getattr(own, key) for key in own.model_fields_set}
+    if _has_source(own):
+        given = dict.fromkeys(("name", "config", "train_file", "test_file", "client_files"), None) | given
+    return data.model_copy(update=given)
 
 
 def _listed_ranks(ranks: list[int] | dict[str, dict[int, float]] | None) -> list[int]:

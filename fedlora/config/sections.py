@@ -274,8 +274,14 @@ class ContinualConfig(Section):
             raise ValueError("continual needs tasks, or split: a number of tasks to divide the label set into")
         if self.replay and self.loss_labels == "task" and self.scenario != "domain":
             raise ValueError("replay brings rows of earlier tasks, whose labels must compete: use loss_labels: met")
-        if self.replay and self.joint:
-            raise ValueError("joint trains on the rows of all tasks anyway; leave replay out")
+        if self.joint:
+            idle = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None}
+            if ignored := [key for key, default in idle.items() if getattr(self, key) != default]:
+                raise ValueError(f"joint trains on the rows of all tasks all the time; leave {', '.join(ignored)} out")
+            if self.freeze != "never":
+                raise ValueError("joint knows no boundaries; set freeze: never")
+        if odd := [task.name for task in self.tasks if task.prefix and task.data is None]:
+            raise ValueError(f"prefix tells the labels of datasets apart, and task {odd[0]} has no data of its own")
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")

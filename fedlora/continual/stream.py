@@ -15,7 +15,12 @@ from fedlora.data.sources import quiet
 from fedlora.errors import DataError, nearest
 from fedlora.seeds import derive_seed
 
-SOURCES = ("name", "train_file", "client_files")
+_COLUMNS = {
+    "classification": ["text", "label"],
+    "messages": ["messages"],
+    "prompt": ["prompt", "completion"],
+    "text": ["text"],
+}
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,14 @@ def open_stream(
         return Stream(open_corpus(data, count, seed, task))
     if continual.split or not any(one.data for one in continual.tasks):
         whole = open_corpus(data, count, seed, task)
-        stream = Stream(whole, _filtered(whole, continual, seed))
+        stream = _cut(Stream(whole, _filtered(whole, continual, seed)))
     else:
         stream = _joined([(one, _own(data, one, count, seed, task)) for one in continual.tasks])
     _check(stream, continual.scenario)
+    if continual.replay and continual.replay.balanced and not stream.corpus.labels:
+        raise DataError(
+            f"continual.replay.balanced: the rows are {stream.corpus.form} and have no labels; leave it out"
+        )
     return _blurred(stream, continual.blur, seed) if continual.blur else stream
 
 
@@ -134,13 +143,9 @@ def _matching(one: StreamTaskConfig, table: Dataset) -> set[int]:
 
 
 def _own(data: DataConfig, one: StreamTaskConfig, count: int, seed: int, task: str) -> Corpus:
-    """A task's corpus. What the task does not say of its data is as in ``data``, but for where rows come from."""
-    given = one.data.model_fields_set if one.data else set()
-    settings = {key: getattr(one.data, key) for key in given}
-    if given & set(SOURCES):
-        settings = dict.fromkeys((*SOURCES, "test_file", "config"), None) | settings
+    """A task's corpus; ``data`` where it has none of its own."""
     try:
-        corpus = open_corpus(data.model_copy(update=settings), count, derive_seed(seed, 0, "", one.name), task)
+        corpus = open_corpus(one.data or data, count, derive_seed(seed, 0, "", one.name), task)
     except DataError as error:
         raise DataError(f"task {one.name}: {error}") from error
     if not one.prefix or not corpus.labels:
@@ -161,26 +166,31 @@ def _joined(parts: Sequence[tuple[StreamTaskConfig, Corpus]]) -> Stream:
         detail = ", ".join(f"{one.name}: {corpus.form}" for one, corpus in parts)
         raise DataError(f"continual: all tasks need rows of one form ({detail})")
     labels = tuple(dict.fromkeys(label for _, corpus in parts for label in corpus.labels))
-    tables = [table.column_names for _, corpus in parts for table in (corpus.train, corpus.test)]
-    shared = sorted(set.intersection(*map(set, tables)))
+    columns = _COLUMNS[parts[0][1].form]
     tasks, first, first_test = [], 0, 0
     for one, corpus in parts:
         tasks.append(_task(one, corpus, labels, first, first_test))
         first, first_test = first + len(corpus.train), first_test + len(corpus.test)
+    try:
+        train = concatenate_datasets([corpus.train.select_columns(columns) for _, corpus in parts])
+        test = concatenate_datasets([corpus.test.select_columns(columns) for _, corpus in parts])
+    except ValueError as error:
+        raise DataError(f"continual: the rows of the tasks are not of one kind: {error}") from error
     clients = dict.fromkeys(client for task in tasks for client in task.shards)
+    return _cut(Stream(Corpus(forms.pop(), train, test, dict.fromkeys(clients, ()), {}, labels), tuple(tasks)))
+
+
+def _cut(stream: Stream) -> Stream:
+    """Every client's rows are those of its tasks, in stream order; rows of no task are nobody's."""
 
     def of_all(kind: str) -> dict[str, list[int]]:
-        return {client: [row for task in tasks for row in getattr(task, kind).get(client, ())] for client in clients}
+        parts = [getattr(task, kind) for task in stream.tasks]
+        return {
+            client: list(dict.fromkeys(row for part in parts for row in part.get(client, ())))
+            for client in stream.corpus.shards
+        }
 
-    whole = Corpus(
-        forms.pop(),
-        concatenate_datasets([corpus.train.select_columns(shared) for _, corpus in parts]),
-        concatenate_datasets([corpus.test.select_columns(shared) for _, corpus in parts]),
-        of_all("shards"),
-        of_all("heldout"),
-        labels,
-    )
-    return Stream(whole, tuple(tasks))
+    return replace(stream, corpus=replace(stream.corpus, shards=of_all("shards"), heldout=of_all("heldout")))
 
 
 # What holds of every stream ------------------------------------------------------------------------------------------

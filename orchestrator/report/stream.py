@@ -30,7 +30,8 @@ def stream(rounds: Sequence[Record], journal: Sequence[Record], end: Record | No
     looked = [(row["round"], row["stream"]["accuracy"]) for row in rounds if (row.get("stream") or {}).get("accuracy")]
     if not looked:
         return ""
-    frozen = [line for line in journal if line.get("event") == "frozen"]
+    # a round that was repeated after a crash has two lines
+    frozen = list({line["round"]: line for line in journal if line.get("event") == "frozen"}.values())
     parts = [_curves(looked, [line["round"] for line in frozen]), _matrix(rounds, end), _freezes(frozen)]
     return "".join(parts)
 

@@ -8,9 +8,11 @@ import pytest
 
 from fedlora.config import ContinualConfig, DataConfig, parse_config
 from fedlora.continual.stream import Stream, labels_of, open_stream
+from fedlora.data.partition import open_corpus
 from fedlora.errors import ConfigError, DataError
 
 TOY = DataConfig(name="builtin:toy")
+TOPICS = open_corpus(TOY, 1, 0).labels
 
 
 def opened(data: DataConfig = TOY, clients: int = 3, seed: int = 0, **continual: Any) -> Stream:
@@ -146,9 +148,43 @@ def test_the_rounds_of_a_run_are_those_of_its_tasks() -> None:
         ({"continual": {"split": 2, "tasks": [{"name": "a"}]}}, "continual needs tasks, or split"),
         ({"continual": {"tasks": [{"name": "a"}, {"name": "a"}]}}, "two tasks have the name a"),
         ({"continual": {"split": 2, "rounds": 3}, "rounds": 7}, "rounds is 7, but the tasks of continual take 6"),
+        ({"continual": {"split": 2, "joint": True}}, "joint knows no boundaries; set freeze: never"),
+        ({"continual": {"split": 2, "joint": True, "blur": 0.1}}, "leave blur out"),
+        ({"continual": {"tasks": [{"name": "a", "prefix": True}]}}, "task a has no data of its own"),
         ({"continual": {"splt": 2}}, "continual.splt is not a key; did you mean continual.split"),
     ],
 )
 def test_a_stream_that_contradicts_itself_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config({**WHOLE, **settings})
+
+
+def test_a_configuration_that_was_written_out_gives_the_same_rows_again(tmp_path: Path) -> None:
+    files = {
+        name: write(tmp_path / f"{name}.jsonl", rows_of(list(labels), 30))
+        for name, labels in (("a", "xy"), ("b", "zw"))
+    }
+    tasks = [{"name": name, "data": {"train_file": file, "client_holdout": 0.1}} for name, file in files.items()]
+    data = {"max_train_rows": 20, "client_holdout": 0.3, "partition": {"method": "linear"}}
+    config = parse_config({**WHOLE, "data": data, "continual": {"tasks": tasks}})
+    again = parse_config(config.resolved())
+    assert again == config
+    first, second = (open_stream(one.data, one.continual, 3, 0) for one in (config, again))
+    assert first.tasks == second.tasks
+    assert len(first.corpus.train) == 40
+    assert {len(rows) for rows in first.tasks[0].shards.values()} != {6}  # linear, as the run's data say
+
+
+def test_columns_that_only_one_task_can_mean_do_not_matter(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", [row | {"id": place} for place, row in enumerate(rows_of(["x", "y"]))])  # type: ignore[dict-item]
+    other = write(tmp_path / "b.jsonl", [row | {"id": "none"} for row in rows_of(["z", "w"])])
+    tasks = [{"name": "a", "data": {"train_file": one}}, {"name": "b", "data": {"train_file": other}}]
+    assert opened(tasks=tasks).corpus.train.column_names == ["text", "label"]
+
+
+def test_rows_of_no_task_are_nobodys() -> None:
+    stream = opened(
+        tasks=[{"name": "a", "labels": [TOPICS[0]]}, {"name": "b", "labels": [TOPICS[1]]}], joint=True, freeze="never"
+    )
+    for rows in stream.corpus.shards.values():
+        assert labels_in(stream, rows) <= set(TOPICS[:2])

@@ -183,3 +183,49 @@ def test_a_buffer_brings_the_rows_of_earlier_tasks_into_later_rounds(toy: Toy) -
 def test_replay_without_labels_that_compete_is_refused(toy: Toy) -> None:
     with pytest.raises(ConfigError, match="use loss_labels: met"):
         stream_of(toy, continual={"replay": {}})
+
+
+def test_rows_of_a_neighbouring_task_can_be_learned_from(toy: Toy) -> None:
+    config = stream_of(toy, continual={"blur": 0.4})
+    launch.run(config, quiet)
+    assert not any(row["failed"] for row in read_lines(Path(config.output_dir) / "metrics.jsonl"))
+
+
+def test_a_flipped_label_competes_too_and_attackers_train_on_their_buffer(toy: Toy) -> None:
+    attack = {"name": "label_flip", "clients": ["c0"]}
+    config = stream_of(toy, attack=attack, continual={"replay": {"rows": 6}, "loss_labels": "met"})
+    launch.run(config, quiet)
+    assert not any(row["failed"] for row in read_lines(Path(config.output_dir) / "metrics.jsonl"))
+
+
+ALONE = {"name": "builtin:toy", "max_length": 32, "partition": {"method": "pathological", "classes_per_client": 1}}
+
+
+def test_absent_clients_are_waited_for_and_a_quorum_is_of_those_who_have_rows(toy: Toy) -> None:
+    config = stream_of(
+        toy,
+        data=ALONE,
+        clients={"count": 4},
+        evaluation={"per_client": False},
+        fleet={"online": 0.3},
+        schedule={"quorum": 0.5},
+    )
+    launch.run(config, quiet)
+    rows = read_lines(Path(config.output_dir) / "metrics.jsonl")
+    assert all(row["selected"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": [{"fltrust": {"root": "c0"}}, "fedit"]}, "c0 in every round, and it has no rows of some task"),
+        ({"strategy": ["o_lora", "flora"]}, "flora patches the base in every round"),
+        ({"strategy": ["head_only", "scaffold", "fedit"]}, "corrects factors that head_only does not train"),
+    ],
+)
+def test_what_a_stream_cannot_give_a_strategy_is_said_before_it_begins(
+    toy: Toy, changes: dict[str, Any], message: str
+) -> None:
+    config = stream_of(toy, data=ALONE, clients={"count": 4}, evaluation={"per_client": False}, **changes)
+    with pytest.raises(ConfigError, match=message):
+        launch.run(config, quiet)
