@@ -52,7 +52,11 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("failpoint", [f"{name}:2" for name in FAILPOINTS] + ["commit.written:0", "commit.pruned:3"])
+# every other place, with the first and the last commit; make test-all and benchmarks/reliability.py visit all of them
+PLACES = [pytest.param(f"{name}:2", marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(FAILPOINTS)]
+
+
+@pytest.mark.parametrize("failpoint", [*PLACES, "commit.written:0", "commit.pruned:3"])
 def test_kill_9_anywhere_then_resume_gives_the_same_bytes(tmp_path: Path, undisturbed: Path, failpoint: str) -> None:
     folder = tmp_path / "run"
     assert in_a_process(_run_until_killed, str(folder), failpoint) == -signal.SIGKILL
