@@ -41,7 +41,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     members = [replace(member, rank=ranks[member.id]) for member in members]
     base = pool.base()
     check_strategy(strategy, config, [member.id for member in members], base.merges)
-    check_stream(strategy, members, base)
+    check_stream(strategy, members)
     check_rank(base.sites, rank)
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:

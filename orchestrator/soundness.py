@@ -9,7 +9,7 @@ from fedlora.config import RunConfig
 from fedlora.continual.plateau import Never, build_policy
 from fedlora.errors import ConfigError, nearest
 from fedlora.plugins import load_plugins
-from fedlora.protocol import BaseInfo, ClientInfo
+from fedlora.protocol import ClientInfo
 from orchestrator.selection import build_selector, how_many
 
 
@@ -70,16 +70,14 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
         )
 
 
-def check_stream(strategy: Strategy, members: Sequence[ClientInfo], base: BaseInfo) -> None:
-    """Raise ``ConfigError`` where a strategy needs of somebody what the data or the model do not have."""
+def check_stream(strategy: Strategy, members: Sequence[ClientInfo]) -> None:
+    """Raise ``ConfigError`` where a strategy needs a client in every round that has no rows in some."""
     for member in members:
         if member.id in strategy.required and any(not rows for rows, _ in member.stages):
             raise ConfigError(
                 f"strategy: {described(strategy)} needs {member.id} in every round, and it has no rows of some task of"
                 " the stream; name another client, or use a rule without a root"
             )
-    if "head_only" in described(strategy) and not base.dense:
-        raise ConfigError("strategy: head_only trains nothing on this model; name lora.modules_to_save")
 
 
 def _check_schedule(name: str, strategy: Strategy, config: RunConfig, clients: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Wrappers for streams of tasks: what keeps a client from unlearning earlier tasks, and the plainest baseline.
+"""Wrappers for streams of tasks: what keeps a client from unlearning earlier tasks.
 
 The hooks themselves run in local training, see ``fedlora.continual.orthogonal``.
 """
@@ -41,24 +41,3 @@ class OLoRA(Wrapper):
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         plan = super().plan(ctx, client, state)
         return replace(plan, methods=(*plan.methods, Method.of("o_lora", weight=self.weight)))
-
-
-@WRAPPERS.register("head_only")
-class HeadOnly(Wrapper):
-    """Only what is trained in full learns, such as a classifier's head; the base stays as it is.
-
-    On a small stream this is hard to beat: features that never change are never forgotten.
-    """
-
-    name = "head_only"
-    equation = "B = 0;  head = sum_k w_k head_k"
-    source = "the frozen-feature baseline of continual learning"
-
-    def __init__(self, inner: Strategy):
-        super().__init__(inner)
-        if inner.traits.whole_cohort:
-            raise ConfigError(f"strategy: {described(inner)} corrects factors that head_only does not train")
-
-    def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
-        plan = super().plan(ctx, client, state)
-        return replace(plan, train=frozenset({"dense"}), send=frozenset({"dense"}))

@@ -158,16 +158,6 @@ def test_o_lora_keeps_a_later_task_out_of_the_directions_of_an_earlier_one(toy: 
     assert overlaps[5.0] < 0.5 * overlaps[0.0]
 
 
-def test_a_head_alone_learns_and_the_adapter_stays_zero(toy: Toy) -> None:
-    config = stream_of(toy, strategy=["head_only", "fedit"])
-    summary = launch.run(config, quiet)
-    state, _ = load_latest(Path(config.output_dir))
-    assert state is not None
-    assert not any(torch.count_nonzero(pair.B) for pair in state.adapter.modules.values())
-    assert not state.ledger.entries
-    assert summary["stream"]["rows"] != [summary["stream"]["initial"]] * 2
-
-
 def test_a_buffer_brings_the_rows_of_earlier_tasks_into_later_rounds(toy: Toy) -> None:
     config = stream_of(toy, continual={"replay": {"rows": 6}, "loss_labels": "met"})
     runtime = ClientRuntime(config)
@@ -220,7 +210,6 @@ def test_absent_clients_are_waited_for_and_a_quorum_is_of_those_who_have_rows(to
     [
         ({"strategy": [{"fltrust": {"root": "c0"}}, "fedit"]}, "c0 in every round, and it has no rows of some task"),
         ({"strategy": ["o_lora", "flora"]}, "flora patches the base in every round"),
-        ({"strategy": ["head_only", "scaffold", "fedit"]}, "corrects factors that head_only does not train"),
     ],
 )
 def test_what_a_stream_cannot_give_a_strategy_is_said_before_it_begins(
