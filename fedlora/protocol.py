@@ -92,6 +92,10 @@ class TrainPlan:
     keep: frozenset[str] = frozenset()
     methods: tuple[Method, ...] = ()
 
+    def adding(self, name: str, **options: float) -> TrainPlan:
+        """The plan with one more local method, after those it has."""
+        return replace(self, methods=(*self.methods, Method.of(name, **options)))
+
 
 @dataclass(frozen=True)
 class Patch:

@@ -30,6 +30,7 @@ class Outbox:
         self._planned: dict[TrainPlan, str] = {}
         self._expected: dict[tuple[int, str], Expectation] = {}
         self._patches = state.ledger.patches()
+        self._fresh = fed.fresh_pair(state.freezes)  # the same for every plan
         self.given: list[Flight] = []
         self.bytes_down = 0
 
@@ -115,7 +116,7 @@ class Outbox:
         if plan not in self._planned:
             fed, ctx, state = self._fed, self._ctx, self._state
             client = _at_rank(client, plan.rank)
-            handed = hand_out(fed.strategy, client, ctx, state.strategy, fed.fresh_pair(state.freezes))
+            handed = hand_out(fed.strategy, client, ctx, state.strategy, self._fresh)
             payload = encode_adapter(handed, fed.strategy.broadcast(client, ctx, state.strategy))
             self._planned[plan] = digest(payload)
             self._payloads[self._planned[plan]] = payload

@@ -61,7 +61,7 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
     ledger, folded = _append(fed, state, whole, "merge", provenance) if whole else (state.ledger, {})
     fed.abandon(state.flights)
     fed.emit("frozen", {"round": number, "id": ledger.head, "evidence": dict(why), **folded})
-    freezes = (*state.stream.freezes, {"round": number, **why, **folded})
+    freezes = (*state.stream.freezes, number)
     fresh = fed.fresh_pair(len(freezes))
     started = fed.strategy.start(
         AdapterState(fresh.modules, state.adapter.dense), derive_seed(fed.seed, number, "", "start")

@@ -37,13 +37,13 @@ class Progress:
     Attributes:
         scores: R[t, i] on the server's rows.
         clients: the same on each client's held-out rows; a client appears with the first task it could be scored on.
-        freezes: evidence of every time the adapter went into the base, with its round.
+        freezes: rounds after which the adapter went into the base; the ledger has the evidence.
         policy: the state of what decides that.
     """
 
     scores: Scores = field(default_factory=Scores)
     clients: Mapping[str, Scores] = field(default_factory=dict)
-    freezes: tuple[Mapping[str, Any], ...] = ()
+    freezes: tuple[int, ...] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
 
     def begun(self, tasks: TaskScores) -> Progress:
@@ -62,7 +62,7 @@ class Progress:
     def note(self) -> dict[str, Any]:
         """Plain JSON data."""
         clients = {client: scores.to_json() for client, scores in self.clients.items()}
-        rest = {"freezes": [dict(freeze) for freeze in self.freezes], "policy": dict(self.policy)}
+        rest = {"freezes": list(self.freezes), "policy": dict(self.policy)}
         return {"scores": self.scores.to_json(), "clients": clients, **rest}
 
     @staticmethod

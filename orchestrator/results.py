@@ -76,7 +76,7 @@ def describe_stream(stream: Progress, course: Course) -> dict[str, Any]:
         **stream.scores.to_json(),
         "metrics": stream.scores.describe(),
         "clients": {client: scores.describe() for client, scores in stream.clients.items()},
-        "freezes": [freeze["round"] for freeze in stream.freezes],
+        "freezes": list(stream.freezes),
     }
 
 

@@ -18,7 +18,7 @@ from fedlora.aggregation.coordinate import Coordinatewise, require_fixed_gauge
 from fedlora.aggregation.robust import Reweighting
 from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part
 from fedlora.errors import ConfigError
-from fedlora.protocol import ClientInfo, Method, TrainPlan
+from fedlora.protocol import ClientInfo, TrainPlan
 
 
 @WRAPPERS.register("fedprox")
@@ -40,8 +40,7 @@ class FedProx(Wrapper):
         self.mu = mu
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
-        plan = super().plan(ctx, client, state)
-        return replace(plan, methods=(*plan.methods, Method.of("fedprox", mu=self.mu)))
+        return super().plan(ctx, client, state).adding("fedprox", mu=self.mu)
 
 
 @WRAPPERS.register("scaffold")
@@ -68,8 +67,7 @@ class Scaffold(Wrapper):
         self.traffic = replace(inner.traffic, extras=inner.traffic.up)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
-        plan = super().plan(ctx, client, state)
-        return replace(plan, methods=(*plan.methods, Method.of("scaffold")))
+        return super().plan(ctx, client, state).adding("scaffold")
 
     def broadcast(self, client: ClientInfo, ctx: RoundContext, state: State) -> Mapping[str, Tensor]:
         plan = super().plan(ctx, client, state)

@@ -5,12 +5,10 @@ The hooks themselves run in local training, see ``fedlora.continual.orthogonal``
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fedlora.aggregation.base import RoundContext, State, Strategy
 from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described
 from fedlora.errors import ConfigError
-from fedlora.protocol import ClientInfo, Method, TrainPlan
+from fedlora.protocol import ClientInfo, TrainPlan
 
 
 @WRAPPERS.register("o_lora")
@@ -39,5 +37,4 @@ class OLoRA(Wrapper):
         self.weight = weight
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
-        plan = super().plan(ctx, client, state)
-        return replace(plan, methods=(*plan.methods, Method.of("o_lora", weight=self.weight)))
+        return super().plan(ctx, client, state).adding("o_lora", weight=self.weight)

@@ -34,6 +34,7 @@ EXAMINE_S = 2.0  # between looks at the cluster
 HOPE_S = 60.0  # how long a run waits for a place to put its only worker
 STARTS = 3  # workers that may die while they start, in a row, when there is no other
 LONGEST_PAUSE_S = 60.0  # between starts on a cluster where they fail
+# a worker keeps what one update took for the next one: giving pages back and faulting them in again costs more
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 OPENING_S = 10.0  # a run opens with those workers that come at most this long after the first
 

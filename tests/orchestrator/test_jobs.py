@@ -70,16 +70,21 @@ def kill_a_busy_node(cluster: Cluster) -> None:
     busy.kill()
 
 
+def kill_a_node_and_then_the_driver(cluster: Cluster, run: Path) -> None:
+    """In rounds 2 and 3; another node joins afterwards."""
+    wait_for(run, "round_started", 2)
+    kill_a_busy_node(cluster)
+    wait_for(run, "round_started", 3)
+    os.kill(wait_for(run, "run_opened")["pid"], signal.SIGKILL)
+    cluster.add_worker()
+
+
 @pytest.mark.slow
 def test_a_job_that_loses_a_node_and_then_its_driver_ends_with_the_bytes_of_the_undisturbed_run(
     cluster: Cluster, undisturbed: str, run: Path
 ) -> None:
     with cluster.running(*submitting(cluster, run)) as follower:
-        wait_for(run, "round_started", 2)
-        kill_a_busy_node(cluster)
-        wait_for(run, "round_started", 3)
-        os.kill(wait_for(run, "run_opened")["pid"], signal.SIGKILL)
-        cluster.add_worker()
+        kill_a_node_and_then_the_driver(cluster, run)
         told, _ = follower.communicate(timeout=180)
     assert follower.returncode == 0, told
     assert re.search(r"was killed by signal 9; submitting it again: it goes on from the last commit", told)
@@ -169,11 +174,7 @@ def test_the_quickstart_loses_a_node_and_its_driver_and_ends_with_the_bytes_of_a
 
     submit = ["python", "-m", "orchestrator", "submit", quickstart, "--address", cluster.dashboard]
     with cluster.running(*submit, *as_options([*settings, f"output_dir={shaken}"])) as follower:
-        wait_for(shaken, "round_started", 2)
-        kill_a_busy_node(cluster)
-        wait_for(shaken, "round_started", 3)
-        os.kill(wait_for(shaken, "run_opened")["pid"], signal.SIGKILL)
-        cluster.add_worker()
+        kill_a_node_and_then_the_driver(cluster, shaken)
         told, _ = follower.communicate(timeout=900)
     assert follower.returncode == 0, told
     assert wait_for(shaken, "run_resumed", 2)
