@@ -20,6 +20,7 @@ from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
 from fedlora.adapter.directory import scale
+from fedlora.adapter.ledger import frozen
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
 from fedlora.adapter.state import AdapterState
@@ -34,11 +35,10 @@ from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
-from fedlora.training.base_patches import total
 from fedlora.training.batches import steps_of
 from fedlora.training.evaluate import evaluate
 from fedlora.training.loop import LocalResult, LocalWork, train
-from fedlora.training.methods import Answer, MethodStack, fitted, name_parameters, start_from
+from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, check_length, load_base
 
 
@@ -133,16 +133,17 @@ class ClientRuntime:
         insert(model, name, start)
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
-        frozen = partial(total, task.ledger)
-        memory = methods.begin(replace(begun, extras=extras, kept=private.methods, frozen=frozen))
+        begun = replace(begun, extras=extras, kept=private.methods, frozen=partial(frozen, task.ledger))
         rows = self._examples("train", task.client, task.stage)
         examples = [*rows.examples, *self._replayed(task)] if examples is None else examples
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
         pad_token_id = adapted.base.tokenizer.pad_token_id
+        labels = self._competing(task, examples)
+        local = Local(model, parameters, examples, pad_token_id, labels, self._earlier(task), task.seed)
+        memory = methods.begin(replace(begun, local=local))
         if trains:
-            labels = self._competing(task, examples)
             work = LocalWork(model, parameters, examples, options, task.seed, pad_token_id, methods, memory, labels)
             result = train(work)
             answer = methods.finish({key: tensor.detach() for key, tensor in parameters.items()}, result.memory)
@@ -248,6 +249,13 @@ class ClientRuntime:
         labels = labels_of(self.stream, met)
         present = {example.labels for example in examples if isinstance(example.labels, int)}
         return tuple(sorted({*labels, *present})) if labels else ()
+
+    def _earlier(self, task: TrainTask) -> tuple[int, ...]:
+        """The labels a client has met before its present task; none where they are the same in every task."""
+        settings = self._config.continual
+        if self._course is None or settings is None or settings.scenario == "domain" or task.stage is None:
+            return ()
+        return labels_of(self.stream, self._course.met_by(task.client, task.round) - {task.stage})
 
     def _replayed(self, task: TrainTask) -> list[Example]:
         """What the client trains on beside its present task: its buffer of earlier ones."""

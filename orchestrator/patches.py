@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fedlora.adapter.ledger import BaseLedger
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.base import Aggregate
@@ -27,11 +29,16 @@ def patch_base(
 
 
 def _append(
-    fed: Federation, state: RunState, patch: Mapping[str, LowRank], kind: str, provenance: Mapping[str, Any]
+    fed: Federation,
+    state: RunState,
+    patch: Mapping[str, LowRank],
+    kind: str,
+    provenance: Mapping[str, Any],
+    dense: Mapping[str, Tensor] | None = None,
 ) -> tuple[BaseLedger, dict[str, float]]:
     """The ledger with one more entry, within its budget."""
     number = provenance["round"]
-    ledger = state.ledger.append(patch, kind, provenance)
+    ledger = state.ledger.append(patch, kind, provenance, dense=dense)
     who = sorted(provenance.get("contributors", ()))
     fed.emit("base_patched", {"round": number, "id": ledger.head, "rank": ledger.rank(), "contributors": who})
     # a stack beyond the size of the matrix says nothing more: recompressing it to that size loses rounding only
@@ -58,7 +65,9 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
     number = state.round
     provenance = {"round": number, "strategy": fed.strategy.name, "task": fed.course.at(number), "why": dict(why)}
     whole = {path: update for path, update in state.adapter.whole().modules.items() if update.B.any()}
-    ledger, folded = _append(fed, state, whole, "merge", provenance) if whole else (state.ledger, {})
+    ledger, folded = state.ledger, dict[str, float]()
+    if whole:
+        ledger, folded = _append(fed, state, whole, "merge", provenance, state.adapter.dense)
     fed.abandon(state.flights)
     fed.emit("frozen", {"round": number, "id": ledger.head, "evidence": dict(why), **folded})
     freezes = (*state.stream.freezes, number)

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from fedlora.adapter import rank as ranks
 from fedlora.adapter.algebra import distance, stack
 from fedlora.adapter.state import AdapterState, LowRank
@@ -31,7 +33,7 @@ class Entry:
         index: 1-based place in the ledger.
         parent: id of the entry before, or ``""``.
         kind: ``patch``, ``merge`` or ``compaction``.
-        payload: wire bytes of the modules.
+        payload: wire bytes of the modules; of a merge also of what was trained in full beside them, as it was then.
         replaces: a compaction stands in for this many entries before it.
         provenance: round, contributors with their ranks, strategy; plain JSON data.
     """
@@ -94,10 +96,15 @@ class BaseLedger:
         return self.entries
 
     def append(
-        self, modules: Mapping[str, LowRank], kind: str, provenance: Mapping[str, Any], replaces: int = 0
+        self,
+        modules: Mapping[str, LowRank],
+        kind: str,
+        provenance: Mapping[str, Any],
+        replaces: int = 0,
+        dense: Mapping[str, Tensor] | None = None,
     ) -> BaseLedger:
         """A new ledger with one more patch."""
-        payload = encode_adapter(AdapterState({path: update.folded() for path, update in modules.items()}))
+        payload = encode_adapter(AdapterState({path: update.folded() for path, update in modules.items()}, dense or {}))
         entry = Entry(len(self.entries) + 1, self.head, kind, payload, replaces, provenance)
         return BaseLedger((*self.entries, entry))
 
@@ -137,7 +144,15 @@ class BaseLedger:
         }
         error = distance(AdapterState(total), AdapterState(kept))
         note = {**provenance, "max_rank": max_rank, "relative_error": error}
-        return self.append(kept, "compaction", note, replaces=len(self.entries)), error
+        dense = frozen(self.patches()).dense
+        return self.append(kept, "compaction", note, replaces=len(self.entries), dense=dense), error
+
+
+def frozen(patches: Sequence[Patch]) -> AdapterState:
+    """What patches come to: the whole change of the base, and what was trained in full as the last of them has it."""
+    states = [decode_adapter(patch.payload) for patch in patches]
+    dense = next((state.dense for state in reversed(states) if state.dense), {})
+    return AdapterState(stack([state.modules for state in states]), dense)
 
 
 def restored(saved: Sequence[tuple[Mapping[str, Any], bytes]]) -> BaseLedger:

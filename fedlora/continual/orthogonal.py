@@ -23,7 +23,7 @@ class OLoRA(LocalMethod):
         self.weight = weight
 
     def begin(self, start: Start) -> Memory:
-        frozen = start.frozen() if self.weight else {}
+        frozen = start.frozen().modules if self.weight else {}
         bases = {
             name: row_space(frozen[name[:-2]]).to(start.tensors[name])
             for name in sorted(start.trained)

@@ -15,7 +15,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter.algebra import stack
 from fedlora.adapter.state import LowRank
 from fedlora.adapter.wire import decode_adapter
 from fedlora.protocol import Patch
@@ -54,11 +53,6 @@ class SideUpdates:
             device = next(layer.parameters()).device
             folded = update.folded()
             self._hooks.append(layer.register_forward_hook(_add(folded.B.to(device), folded.A.to(device))))
-
-
-def total(patches: Sequence[Patch]) -> dict[str, LowRank]:
-    """All patches as one update per module."""
-    return stack([decode_adapter(patch.payload).modules for patch in patches])
 
 
 def _add(B: Tensor, A: Tensor) -> Any:

@@ -101,9 +101,10 @@ def train(work: LocalWork) -> LocalResult:
             for part in parts:
                 batch = collate(part, work.pad_token_id, device)
                 logits, targets, _ = targets_and_logits(model, batch)
-                loss = cross_entropy(among(logits, work.labels), targets, reduction="sum") / total
-                loss.backward()
-                loss_sum += loss.detach()
+                loss = cross_entropy(among(logits, work.labels), targets, reduction="sum")
+                distilled = work.methods.distil(batch, logits, memory)
+                ((loss if distilled is None else loss + distilled) / total).backward()
+                loss_sum += loss.detach() / total
                 tokens += int(batch["attention_mask"].sum())
                 rows += len(part)
             losses.append(float(loss_sum))

@@ -16,14 +16,38 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from fedlora.adapter.peft import extract, set_trainable
-from fedlora.adapter.state import AdapterState, LowRank
+from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.combine import part_of
+from fedlora.data.text import Example
 from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.protocol import Method
 from fedlora.registry import Registry
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 Memory: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """A client's model and rows, for methods that look at them. The model is left as it was found.
+
+    Attributes:
+        model: with the client's adapter active.
+        parameters: the trained ones, by tensor name.
+        examples: what it trains on, buffered rows included.
+        pad_token_id: of the tokenizer.
+        labels: those that compete in a classifier's loss; all where empty.
+        earlier: those of tasks before the present one; empty where every task has the same.
+        seed: of the client's task.
+    """
+
+    model: Any
+    parameters: Mapping[str, nn.Parameter]
+    examples: Sequence[Example]
+    pad_token_id: int
+    labels: tuple[int, ...] = ()
+    earlier: tuple[int, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +61,8 @@ class Start:
         scaling: ``scaling * B`` is B in effective units; everything else is in effective units already.
         extras: what the strategy sent this method, by tensor name, in effective units.
         kept: what this method kept after the client's last round; empty before the first.
-        frozen: gives what has gone into the base so far, by module path.
+        frozen: gives what has gone into the base so far, and what was trained in full as it was the last time.
+        local: the client's model and rows.
     """
 
     tensors: Tensors
@@ -46,7 +71,8 @@ class Start:
     scaling: float = 1.0
     extras: Tensors = field(default_factory=dict)
     kept: Tensors = field(default_factory=dict)
-    frozen: Callable[[], Mapping[str, LowRank]] = dict
+    frozen: Callable[[], AdapterState] = AdapterState
+    local: Local | None = None
 
     def unit(self, name: str) -> float:
         """Effective units per PEFT unit of a tensor. Its gradient in effective units is that in PEFT's over this."""
@@ -88,12 +114,21 @@ class LocalMethod(Protocol):
         """
         return None
 
+    def distil(self, batch: Tensors, logits: Tensor, memory: Memory) -> Tensor | None:
+        """A sum over a batch's targets to be minimised beside that of the data, differentiable in ``logits``.
+
+        Args:
+            batch: input_ids, attention_mask and labels, see ``collate``.
+            logits: of every target [N, C], before any label is masked.
+        """
+        return None
+
     def project(self, gradients: Tensors, raw: Tensors, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
         """The gradients to go on with, before clipping, and the memory after this step.
 
         Args:
             gradients: as penalties and the methods before this one left them.
-            raw: of the data loss alone.
+            raw: of the data loss, with what is distilled, alone.
             tensors: the trained parameters.
         """
         return gradients, memory
@@ -232,6 +267,12 @@ class MethodStack:
             )
             for name, method in self._methods.items()
         }
+
+    def distil(self, batch: Tensors, logits: Tensor, memory: Memory) -> Tensor | None:
+        """What all of them add to a batch's loss; None where nothing is."""
+        found = [method.distil(batch, logits, memory[key]) for key, method in self._methods.items()]
+        values = [value for value in found if value is not None]
+        return torch.stack(values).sum() if values else None
 
     def correct(self, raw: Tensors, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
         """Gradients of the data loss to the gradients to step with, and the memory after this step."""

@@ -22,12 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter.algebra import stack
 from fedlora.adapter.directory import TASK_TYPES
+from fedlora.adapter.ledger import frozen as frozen_by
 from fedlora.adapter.peft import extract
 from fedlora.adapter.state import LowRank
 from fedlora.errors import ModelError, nearest
 from fedlora.protocol import BaseInfo, Patch
 from fedlora.seeds import derive_seed
-from fedlora.training.base_patches import SideUpdates, base_layer, merge, takes_patches, total
+from fedlora.training.base_patches import SideUpdates, base_layer, merge, takes_patches
 from fedlora.training.builtin import resolve
 
 HEADS = ("classifier", "score", "classification_head")
@@ -117,7 +118,7 @@ class AdaptedModel:
             self._side.put(frozen or {})
         else:
             if new != self._beside[0]:
-                self._beside = (new, total(patches))
+                self._beside = (new, frozen_by(patches).modules)
             self._side.put(stack([self._beside[1], frozen or {}]))
         self._patches = tuple(patches)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora.adapter.state import LowRank
+from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.continual.orthogonal import OLoRA, row_space
 from fedlora.training.methods import Start
 
@@ -28,7 +28,10 @@ def test_the_penalty_is_the_share_of_A_in_the_frozen_rows() -> None:
     frozen = random_update(3, 0)
     A = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
     start = Start(
-        {"m:A": A, "m:B": torch.zeros(12, 2)}, frozenset({"m:A", "m:B"}), frozenset(), frozen=lambda: {"m": frozen}
+        {"m:A": A, "m:B": torch.zeros(12, 2)},
+        frozenset({"m:A", "m:B"}),
+        frozenset(),
+        frozen=lambda: AdapterState({"m": frozen}),
     )
     method = OLoRA(weight=2.0)
     memory = method.begin(start)
