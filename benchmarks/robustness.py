@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -25,8 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
+from cached import SharedPool, shorten
 from sections import fill
-from torch import Tensor, nn
 
 from clients.attacks import choose, mount
 from clients.runtime import ClientRuntime, Learned
@@ -36,7 +36,6 @@ from fedlora.errors import FedLoRAError
 from fedlora.protocol import TrainTask
 from fedlora.training.model import Base
 from orchestrator.opening import open_federation
-from orchestrator.pools.local import LocalPool
 from orchestrator.rounds import play_round
 from orchestrator.state import RunState
 
@@ -144,38 +143,6 @@ def all_cells() -> list[Cell]:
 # Cells that share what they can ----------------------------------------------------------------------------------
 
 
-class Below(nn.Module):
-    """Embeddings and frozen lower layers as one, which computes every text once.
-
-    Without dropout they are a function of the text alone, and it is most of the work. Equal to the whole model up to
-    rounding, since a text is computed without its padding.
-    """
-
-    def __init__(self, embeddings: nn.Module, layers: Iterable[nn.Module]):
-        super().__init__()
-        self.embeddings, self.below = embeddings, nn.ModuleList(layers)
-        self._known: dict[bytes, Tensor] = {}
-
-    @torch.no_grad()
-    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
-        texts = [row[row != 0] for row in input_ids]  # 0 is BERT's padding
-        keys = [text.numpy().tobytes() for text in texts]
-        for key, text in zip(keys, texts, strict=True):
-            if key not in self._known:
-                hidden = self.embeddings(text[None])
-                for layer in self.below:
-                    hidden = layer(hidden)
-                self._known[key] = hidden[0]
-        return nn.utils.rnn.pad_sequence([self._known[key] for key in keys], batch_first=True)
-
-
-class Passed(nn.Module):
-    """In the place of a layer that ``Below`` has taken."""
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden
-
-
 class SharedRuntime(ClientRuntime):
     """One base model and one set of rows for all cells of a process.
 
@@ -204,22 +171,7 @@ class SharedRuntime(ClientRuntime):
         return self._first[key]
 
     def _load(self) -> Base:
-        base = super()._load()
-        bert = base.model.bert
-        bert.embeddings = Below(bert.embeddings, bert.encoder.layer[:FROZEN_LAYERS])
-        for i in range(FROZEN_LAYERS):
-            bert.encoder.layer[i] = Passed()
-        last = bert.encoder.layer[-1]
-        whole = last.feed_forward_chunk
-        last.feed_forward_chunk = lambda hidden: whole(hidden[:, :1])  # the head reads the first token, and no other
-        return base
-
-
-class SharedPool(LocalPool):
-    """A pool over a runtime that outlives it."""
-
-    def __init__(self, config: RunConfig, runtime: ClientRuntime):
-        super().__init__(config, lambda *_: runtime)
+        return shorten(super()._load(), FROZEN_LAYERS)
 
 
 _runtimes: list[SharedRuntime] = []  # of this process

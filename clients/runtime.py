@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-import fedlora.continual.orthogonal  # noqa: F401 - registers its local methods
+import fedlora.continual.distillation
+import fedlora.continual.importance
+import fedlora.continual.orthogonal  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
@@ -35,6 +38,7 @@ from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
+from fedlora.seeds import derive_seed
 from fedlora.training.batches import steps_of
 from fedlora.training.evaluate import evaluate
 from fedlora.training.loop import LocalResult, LocalWork, train
@@ -134,8 +138,8 @@ class ClientRuntime:
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
         begun = replace(begun, extras=extras, kept=private.methods, frozen=partial(frozen, task.ledger))
-        rows = self._examples("train", task.client, task.stage)
-        examples = [*rows.examples, *self._replayed(task)] if examples is None else examples
+        rows, buffer = self._examples("train", task.client, task.stage), self._replayed(task)
+        examples = [*rows.examples, *buffer] if examples is None else examples
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
@@ -145,7 +149,10 @@ class ClientRuntime:
         memory = methods.begin(replace(begun, local=local))
         if trains:
             work = LocalWork(model, parameters, examples, options, task.seed, pad_token_id, methods, memory, labels)
+            fresh = self._fresh_loss(local, rows.examples) if buffer else None
             result = train(work)
+            if fresh is not None:
+                result = replace(result, first_loss=fresh)
             answer = methods.finish({key: tensor.detach() for key, tensor in parameters.items()}, result.memory)
         else:
             result = _pretend(model, examples, options, pad_token_id)
@@ -249,6 +256,13 @@ class ClientRuntime:
         labels = labels_of(self.stream, met)
         present = {example.labels for example in examples if isinstance(example.labels, int)}
         return tuple(sorted({*labels, *present})) if labels else ()
+
+    def _fresh_loss(self, local: Local, rows: Sequence[Example]) -> float:
+        """The loss of what was received on a batch of the present task: rows of a buffer say nothing of a change."""
+        size = self._config.training.per_device_train_batch_size
+        batch = random.Random(derive_seed(local.seed, 0, "", "fresh loss")).sample(rows, min(size, len(rows)))
+        device = next(iter(local.parameters.values())).device
+        return evaluate(local.model, batch, size, local.pad_token_id, device, labels=local.labels).loss
 
     def _earlier(self, task: TrainTask) -> tuple[int, ...]:
         """The labels a client has met before its present task; none where they are the same in every task."""

@@ -39,6 +39,11 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             " set data.client_holdout above 0"
         )
     freezes = config.continual is not None and not isinstance(build_policy(config.continual.freeze), Never)
+    if traits.protects and not freezes:
+        raise ConfigError(
+            f"strategy: {name} protects what a stream has frozen, and nothing is frozen here; give the run a continual:"
+            " section with continual.freeze, or leave the wrapper out"
+        )
     if config.continual and traits.personal:
         raise ConfigError(
             f"strategy: {name} keeps parts on the clients, and the tasks of a stream are scored for one global model;"

@@ -76,6 +76,21 @@ def test_overrides_set_nested_and_missing_keys(tmp_path: Path) -> None:
     assert load_config(path).output_dir == "runs/c"
 
 
+def test_overrides_find_the_tasks_of_a_stream_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    tasks = [{"name": "north", "where": {"site": ["n"]}}, {"name": "south", "where": {"site": ["s"]}}]
+    path.write_text(yaml.safe_dump({**MINIMAL, "continual": {"tasks": tasks}}))
+    config = load_config(path, ["continual.tasks.south.rounds=7", "continual.tasks.south.data.train_file=a.jsonl"])
+    assert config.continual is not None
+    assert [task.rounds for task in config.continual.tasks] == [None, 7]
+    assert config.continual.tasks[1].data is not None
+    assert config.continual.tasks[1].data.train_file == "a.jsonl"
+    with pytest.raises(ConfigError, match="there is no nort.*did you mean north"):
+        load_config(path, ["continual.tasks.nort.rounds=7"])
+    with pytest.raises(ConfigError, match="name a key of south"):
+        load_config(path, ["continual.tasks.south=7"])
+
+
 def test_runs_with_other_overrides_go_to_other_folders(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {name: m}\ndata: {name: d}\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Collection, Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -86,6 +87,30 @@ def train_mode(model: nn.Module, base_dropout: bool) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout.train()
+
+
+@contextlib.contextmanager
+def inspecting(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a look at a model; every module is as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def lora_layers(model: nn.Module, paths: Collection[str]) -> dict[str, LoraLayer]:
+    """The adapted layers at these module paths, in the model's order."""
+    found = ((_path(name), module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    return {path: layer for path, layer in found if path in paths}
+
+
+def second_factors(model: nn.Module) -> list[nn.Parameter]:
+    """B of every active adapter."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [layer.lora_B[name].weight for layer in layers for name in layer.active_adapters if name in layer.lora_B]
 
 
 def _path(name: str) -> str:

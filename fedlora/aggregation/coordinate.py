@@ -38,7 +38,12 @@ class Coordinatewise(Wrapper):
         widest = max(present, key=lambda update: update.trained.rank)
         rows = [_by_component(update.trained, widest.trained.rank) for update in present]
         flat = {name: by_holders([row[name] for row in rows], lambda x: self.centre(x, ctx)) for name in rows[0]}
-        return [replace(widest, weight=1.0, trained=_restored(flat, widest.trained))]
+        extras = {
+            name: self.centre(torch.stack([update.extras[name] for update in present]), ctx)
+            for name in widest.extras
+            if all(name in u.extras and u.extras[name].shape == widest.extras[name].shape for u in present)
+        }
+        return [replace(widest, weight=1.0, trained=_restored(flat, widest.trained), extras=extras)]
 
     @abstractmethod
     def centre(self, stack: Tensor, ctx: RoundContext) -> Tensor:

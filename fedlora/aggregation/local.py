@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
 from fedlora.aggregation.combine import part_of
-from fedlora.aggregation.coordinate import Coordinatewise, require_fixed_gauge
-from fedlora.aggregation.robust import Reweighting
+from fedlora.aggregation.coordinate import require_fixed_gauge
+from fedlora.aggregation.extras import require_watched
 from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
@@ -57,12 +57,7 @@ class Scaffold(Wrapper):
     def __init__(self, inner: Strategy):
         super().__init__(inner)
         require_fixed_gauge(self.name, inner, "fedprox")
-        layers = inner.layers() if isinstance(inner, Wrapper) else []
-        if deaf := next((layer for layer in layers if isinstance(layer, Reweighting | Coordinatewise)), None):
-            raise ConfigError(
-                f"strategy: {deaf.name} does not look at control variates, which a bad client would send around it;"
-                " use fedprox"
-            )
+        require_watched(self.name, inner, "control variates", "use fedprox")
         self.traits = replace(inner.traits, whole_cohort=True)
         self.traffic = replace(inner.traffic, extras=inner.traffic.up)
 

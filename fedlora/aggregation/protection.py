@@ -1,12 +1,20 @@
-"""Wrappers for streams of tasks: what keeps a client from unlearning earlier tasks.
+"""Wrappers for streams of tasks: what keeps clients from unlearning what was frozen.
 
-The hooks themselves run in local training, see ``fedlora.continual.orthogonal``.
+The hooks themselves run in local training, see ``fedlora.continual``: ``orthogonal``, ``importance``, ``distillation``.
 """
 
 from __future__ import annotations
 
-from fedlora.aggregation.base import RoundContext, State, Strategy
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter.state import AdapterState
+from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
+from fedlora.aggregation.extras import listed, mean_extras, require_watched
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, part
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
 
@@ -34,7 +42,131 @@ class OLoRA(Wrapper):
                 f"strategy: o_lora keeps a trained A out of what was frozen, and {described(inner)} patches the base in"
                 " every round or trains no A; use flexlora, zero_pad or fedit"
             )
+        self.traits = replace(inner.traits, protects=True)
         self.weight = weight
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("o_lora", weight=self.weight)
+
+
+@WRAPPERS.register("lwf")
+class LwF(Wrapper):
+    """Clients go on giving the answers that the model gave when it was last frozen.
+
+    Args:
+        weight: of the distance between old and new answers, beside a loss of weight 1.
+        temperature: above 1 for softer answers.
+    """
+
+    name = "lwf"
+    equation = "local loss + weight * T^2 KL(answers of the frozen model || answers now), over earlier labels"
+    source = "LwF (Li & Hoiem, 2016, arXiv 1606.09282)"
+
+    def __init__(self, inner: Strategy, weight: float = 1.0, temperature: float = 2.0):
+        super().__init__(inner)
+        if not (weight >= 0 and temperature > 0):
+            raise ConfigError(f"strategy: lwf needs weight >= 0 and temperature > 0, not {weight} and {temperature}")
+        _require_freezable(self.name, inner)
+        self.traits = replace(inner.traits, protects=True)
+        self.weight, self.temperature = weight, temperature
+
+    def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
+        return super().plan(ctx, client, state).adding("lwf", weight=self.weight, temperature=self.temperature)
+
+
+class Important(Wrapper):
+    """Clients are kept from changing weights that earlier tasks depend on.
+
+    Each measures, after training, what the present task depends on, as row and column sums of squared gradients; at a
+    freeze the mean over the clients of the last round joins what was important before.
+
+    Args:
+        weight: of the penalty.
+        samples: rows each client measures on.
+        decay: share of the importance of earlier tasks that is left at each freeze.
+    """
+
+    def __init__(self, inner: Strategy, weight: float = 1.0, samples: int = 16, decay: float = 1.0):
+        super().__init__(inner)
+        if not (weight >= 0 and samples >= 1 and 0 <= decay <= 1):
+            raise ConfigError(
+                f"strategy: {self.name} needs weight >= 0, samples >= 1 and 0 <= decay <= 1, not weight {weight},"
+                f" samples {samples} and decay {decay}"
+            )
+        _require_freezable(self.name, inner)
+        require_watched(self.name, inner, "importance", f"put {self.name} inside it")
+        self.traits = replace(inner.traits, protects=True)
+        self.traffic = replace(inner.traffic, extras=_plus(inner.traffic.extras, "m + n"))
+        self.weight, self.samples, self.decay = weight, samples, decay
+
+    def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
+        return super().plan(ctx, client, state).adding(self.name, weight=self.weight, samples=float(self.samples))
+
+    def broadcast(self, client: ClientInfo, ctx: RoundContext, state: State) -> Mapping[str, Tensor]:
+        known = listed(part(state, "importance"))
+        blank = _blank(ctx.adapter)
+        extras = {f"importance/{name}": known.get(name, zeros).clone() for name, zeros in blank.items()}
+        return {**super().broadcast(client, ctx, state), **extras}
+
+    def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
+        updates = list(updates)
+        outcome = super().aggregate(updates, ctx, state)
+        now = {name: tensor.clamp(min=0) for name, tensor in mean_extras(updates, "importance").items()}
+        kept = {"importance": part(state, "importance"), "now": now or part(state, "now")}
+        return replace(outcome, state={**outcome.state, **kept})
+
+    def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
+        # sums of rows and of columns of several tasks are those of their sum
+        old, now = listed(part(state, "importance")), listed(part(state, "now"))
+        total = {
+            name: now.get(name, zeros) + self.decay * old.get(name, zeros) for name, zeros in _blank(adapter).items()
+        }
+        return {**super().freeze(adapter, ctx, state), "importance": total}
+
+
+@WRAPPERS.register("ewc")
+class EWC(Important):
+    """Importance is the diagonal of the Fisher information."""
+
+    name = "ewc"
+    equation = "local loss + weight / 2 sum_ij F_ij (B A)_ij^2,  F = mean of squared gradients of log p(y), y ~ p"
+    source = "EWC (Kirkpatrick et al., 2017, arXiv 1612.00796), in update space and by row and column sums"
+
+
+@WRAPPERS.register("mas")
+class MAS(Important):
+    """Importance is how much the outputs would change."""
+
+    name = "mas"
+    equation = "local loss + weight / 2 sum_ij O_ij (B A)_ij^2,  O = mean of squared gradients of ||f(x)||^2"
+    source = "MAS (Aljundi et al., 2018, arXiv 1711.09601), in update space and by row and column sums"
+
+
+@WRAPPERS.register("online_lora")
+class OnlineLoRA(Important):
+    """Importance is how much the loss of the hardest rows would change."""
+
+    name = "online_lora"
+    equation = "local loss + weight / 2 sum_ij O_ij (B A)_ij^2,  O = mean of squared gradients over the hardest rows"
+    source = "Online-LoRA (Wei et al., 2024, arXiv 2411.05663), its importance averaged over clients"
+
+
+def _blank(adapter: AdapterState) -> dict[str, Tensor]:
+    """Importance of nothing yet: a module's row sums [out] and column sums [in], and every tensor trained in full."""
+    zeros: dict[str, Tensor] = {}
+    for path, update in adapter.modules.items():
+        rows, columns = update.shape
+        zeros |= {f"{path}:rows": torch.zeros(rows), f"{path}:columns": torch.zeros(columns)}
+    return zeros | {f":{name}": torch.zeros_like(tensor) for name, tensor in adapter.dense.items()}
+
+
+def _plus(formula: str, more: str) -> str:
+    return more if formula == "0" else f"{formula} + {more}"
+
+
+def _require_freezable(name: str, inner: Strategy) -> None:
+    if inner.traits.patches_base:
+        raise ConfigError(
+            f"strategy: {name} looks back to the last freeze, and {described(inner)} patches the base in every round;"
+            " use flexlora, zero_pad or fedit"
+        )

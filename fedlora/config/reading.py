@@ -76,18 +76,33 @@ def _override(content: dict[str, Any], text: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, such as --set training.learning_rate=0.001")
     *parents, last = key.strip().split(".")
-    node = content
+    node: Any = content
     for parent in parents:
-        child = node.get(parent)
+        child = _entry(node, parent, text) if isinstance(node, list) else node.get(parent)
         if child is None:
             child = node[parent] = {}
-        if not isinstance(child, dict):
+        if not isinstance(child, dict) and not _named(child):
             raise ConfigError(f"--set {text}: {parent} is {child!r}, not a section with keys of its own")
         node = child
+    if isinstance(node, list):
+        raise ConfigError(f"--set {text}: name a key of {last}, such as {key.strip()}.rounds=3")
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML") from error
+
+
+def _named(child: Any) -> bool:
+    """Whether this is a list of sections that have names, such as the tasks of a stream."""
+    return isinstance(child, list) and bool(child) and all(isinstance(one, dict) and "name" in one for one in child)
+
+
+def _entry(sections: list[dict[str, Any]], name: str, text: str) -> dict[str, Any]:
+    """The section of this name."""
+    names = [str(one["name"]) for one in sections]
+    if name not in names:
+        raise ConfigError(f"--set {text}: there is no {name}{nearest(name, names)} (there are: {', '.join(names)})")
+    return sections[names.index(name)]
 
 
 def _sentence(item: Mapping[str, Any]) -> str:

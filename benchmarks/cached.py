@@ -1,0 +1,68 @@
+"""Many runs over one model in one process: what never changes is computed once.
+
+Only layers above the frozen ones carry adapters here. Without dropout everything below is a function of the text alone,
+and most of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clients.runtime import ClientRuntime
+from fedlora.config import RunConfig
+from fedlora.training.model import Base
+from orchestrator.pools.local import LocalPool
+
+
+class Below(nn.Module):
+    """Embeddings and frozen lower layers as one, which computes every text once.
+
+    Equal to the whole model up to rounding, since a text is computed without its padding.
+    """
+
+    def __init__(self, embeddings: nn.Module, layers: Iterable[nn.Module]):
+        super().__init__()
+        self.embeddings, self.below = embeddings, nn.ModuleList(layers)
+        self._known: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        texts = [row[row != 0] for row in input_ids]  # 0 is BERT's padding
+        keys = [text.numpy().tobytes() for text in texts]
+        for key, text in zip(keys, texts, strict=True):
+            if key not in self._known:
+                hidden = self.embeddings(text[None])
+                for layer in self.below:
+                    hidden = layer(hidden)
+                self._known[key] = hidden[0]
+        return nn.utils.rnn.pad_sequence([self._known[key] for key in keys], batch_first=True)
+
+
+class Passed(nn.Module):
+    """In the place of a layer that ``Below`` has taken."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
+
+
+def shorten(base: Base, frozen: int) -> Base:
+    """A BERT whose lower layers, ``frozen`` of them, are computed once per text."""
+    bert = base.model.bert
+    bert.embeddings = Below(bert.embeddings, bert.encoder.layer[:frozen])
+    for i in range(frozen):
+        bert.encoder.layer[i] = Passed()
+    last = bert.encoder.layer[-1]
+    whole = last.feed_forward_chunk
+    last.feed_forward_chunk = lambda hidden: whole(hidden[:, :1])  # the head reads the first token, and no other
+    return base
+
+
+class SharedPool(LocalPool):
+    """A pool over a runtime that outlives it."""
+
+    def __init__(self, config: RunConfig, runtime: ClientRuntime):
+        super().__init__(config, lambda *_: runtime)
