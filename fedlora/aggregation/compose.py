@@ -56,5 +56,6 @@ def _check_name(name: str, wrapper: bool) -> None:
     registry = WRAPPERS if wrapper else STRATEGIES
     if name not in registry:
         what = "wrapper" if wrapper else "strategy"
-        both = [*STRATEGIES, *WRAPPERS]
-        raise ConfigError(f"{what}: {name} is not known{nearest(name, both)} (known: {', '.join(registry)})")
+        # of the kind that belongs here first: rolora is as near to olora as o_lora is, and is no wrapper
+        hint = nearest(name, registry) or nearest(name, [*STRATEGIES, *WRAPPERS])
+        raise ConfigError(f"{what}: {name} is not known{hint} (known: {', '.join(registry)})")
