@@ -64,7 +64,7 @@ class Scaffold(Wrapper):
                 " use fedprox"
             )
         self.traits = replace(inner.traits, whole_cohort=True)
-        self.traffic = replace(inner.traffic, extras=inner.traffic.up)
+        self.traffic = replace(inner.traffic, extras=inner.traffic.up, dense_extras=True)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("scaffold")
