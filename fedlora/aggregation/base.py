@@ -40,6 +40,7 @@ class Traits:
         whole_cohort: keeps books on every client's extra tensors, so no client may be left out around or inside it.
         whole_update: what travels shows the change of a client's whole update; not so where a factor stays at home.
         freezes: hands out components that a client sees and does not train.
+        outermost: chooses a factor after the rule has spoken, so that nothing may move the adapter around it.
     """
 
     exact: bool = False
@@ -54,6 +55,7 @@ class Traits:
     whole_cohort: bool = False
     whole_update: bool = True
     freezes: bool = False
+    outermost: bool = False
 
 
 @dataclass(frozen=True)
