@@ -18,7 +18,8 @@ from torch import Tensor
 
 import fedlora.continual.distillation
 import fedlora.continual.importance
-import fedlora.continual.orthogonal  # noqa: F401 - these register their local methods
+import fedlora.continual.orthogonal
+import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks

@@ -203,6 +203,8 @@ def _traffic_in_words(told: Mapping[str, Any]) -> str:
         lines.append(f"  {name:<8}{row['formula']:<{width}}  {size}, {TRAVELS[name]}")
     if any("odd" in told[name]["formula"] for name in rows):
         lines.append("  odd is 1 in odd rounds, 0 in even ones; the numbers are those of an odd round")
+    if any("first" in told[name]["formula"] for name in rows):
+        lines.append("  first is 1 in the first round and after a freeze, 0 in others; the numbers are those of 1")
     if not told["dense"]:
         lines.append("  tensors trained in full, such as a head, do not travel up")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from fedlora.aggregation import (
     shared,
     stacking,
     staleness,
+    subspace,
 )
 from fedlora.aggregation.averaging import require_equal_ranks
 from fedlora.aggregation.base import STRATEGIES, Aggregate, Contribution, RoundContext, State, Strategy, Traits
@@ -71,6 +72,7 @@ __all__ = [
     "stack",
     "stacking",
     "staleness",
+    "subspace",
     "subtract",
     "truncate",
 ]

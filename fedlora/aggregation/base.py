@@ -41,6 +41,7 @@ class Traits:
         whole_update: what travels shows the change of a client's whole update; not so where a factor stays at home.
         freezes: hands out components that a client sees and does not train.
         protects: keeps what a stream has frozen from being forgotten, and does nothing before a freeze.
+        outermost: chooses a factor after the rule has spoken, so that nothing may move the adapter around it.
     """
 
     exact: bool = False
@@ -56,6 +57,7 @@ class Traits:
     whole_update: bool = True
     freezes: bool = False
     protects: bool = False
+    outermost: bool = False
 
 
 @dataclass(frozen=True)

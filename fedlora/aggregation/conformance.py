@@ -348,13 +348,20 @@ def _traffic(strategy: Strategy) -> None:
             for formula, tensors in (
                 ("up", [t for name, t in flat.items() if part_of(name) in plan.send - {"dense"}]),
                 ("down", [t for name, t in flat.items() if part_of(name) != "dense"]),
-                ("extras", [t for name, t in extras.items() if part_of(name.partition("/")[2]) != "dense"]),
+                ("extras", [t for name, t in extras.items() if not _beside_dense(name)]),
             ):
                 text = getattr(formulas, formula)
                 expected = formulas.count(text, shapes, plan.rank, trials.RANK, ranks, start.ctx.round)
                 came = sum(tensor.numel() for tensor in tensors)
                 if came != expected:
                     raise LawBroken(f"{told}: {formula} is declared as {text} = {expected} numbers, came {came}")
+            expected = sum(t.numel() for t in handed.dense.values() if formulas.dense_extras and formulas.dense)
+            came = sum(tensor.numel() for name, tensor in extras.items() if _beside_dense(name))
+            if came != expected:
+                raise LawBroken(
+                    f"{told}: traffic.dense_extras is {formulas.dense_extras}, so those beside dense tensors should"
+                    f" come to {expected} numbers, came {came}"
+                )
         updates = trials.train(strategy, start, cohort)
         outcome = combine(strategy, updates, start.ctx, start.state)
         most = formulas.count(formulas.patch, shapes, trials.RANK, trials.RANK, ranks, start.ctx.round)
@@ -382,6 +389,11 @@ LAWS: tuple[Law, ...] = (
     Law("the base is patched only by a strategy that says so", _patches),
     Law("bytes up and down are those of the declared formula", _traffic),
 )
+
+
+def _beside_dense(extra: str) -> bool:
+    """Whether an extra tensor, ``channel/name``, is named after a tensor that is trained in full."""
+    return part_of(extra.partition("/")[2] or extra) == "dense"
 
 
 def _parts(plan: TrainPlan) -> str:

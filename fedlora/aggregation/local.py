@@ -59,7 +59,7 @@ class Scaffold(Wrapper):
         require_fixed_gauge(self.name, inner, "fedprox")
         require_watched(self.name, inner, "control variates", "use fedprox")
         self.traits = replace(inner.traits, whole_cohort=True)
-        self.traffic = replace(inner.traffic, extras=inner.traffic.up)
+        self.traffic = replace(inner.traffic, extras=inner.traffic.up, dense_extras=True)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("scaffold")

@@ -9,13 +9,15 @@ class Traffic:
     """Numbers per module and client, as arithmetic over these names.
 
     ``m`` and ``n`` are the rows and columns of the module, ``r`` the client's rank, ``g`` the global rank,
-    ``R`` the sum of the cohort's ranks, ``K`` its size, and ``odd`` is 1 in odd rounds and 0 in even ones.
+    ``R`` the sum of the cohort's ranks, ``K`` its size, ``odd`` is 1 in odd rounds and 0 in even ones, and ``first`` is
+    1 in the first round of a run and after a freeze, 0 in others.
 
     Attributes:
         up: what a client sends.
         down: what a client receives with the adapter.
         patch: the most that a round adds to the base ledger; every client receives it once.
         extras: what travels beside the factors, both ways, such as control variates.
+        dense_extras: whether as much travels beside the tensors trained in full, where these travel up.
         dense: whether tensors trained in full travel up too.
     """
 
@@ -23,6 +25,7 @@ class Traffic:
     down: str = "r*(m + n)"
     patch: str = "0"
     extras: str = "0"
+    dense_extras: bool = False
     dense: bool = True
 
     def count(
@@ -42,9 +45,10 @@ class Traffic:
             rank: of the client.
             global_rank: of the global adapter.
             cohort: ranks of everyone in the round.
-            round: 1-based.
+            round: 1-based, of a run without freezes.
         """
-        common = {"r": rank, "g": global_rank, "R": sum(cohort), "K": len(cohort), "odd": round % 2}
+        common = {"r": rank, "g": global_rank, "R": sum(cohort), "K": len(cohort)}
+        common |= {"odd": round % 2, "first": int(round == 1)}
         code = compile(formula, "traffic", "eval")
         # a formula is part of a strategy's source, which the user chose to run; it still gets nothing but numbers
         functions = {"min": min, "max": max}

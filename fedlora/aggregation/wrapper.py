@@ -22,6 +22,11 @@ class Wrapper(Strategy):
     """
 
     def __init__(self, inner: Strategy):
+        if inner.traits.outermost:
+            raise ConfigError(
+                f"strategy: {inner.name} chooses a factor after all others have spoken, and {self.name} stands around"
+                f" it; put {inner.name} first"
+            )
         self.inner = inner
         self.traits = inner.traits
         self.traffic = inner.traffic

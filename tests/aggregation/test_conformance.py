@@ -33,6 +33,8 @@ OPTIONS = {"fltrust": {"root": "ada"}}
 def stacks() -> list[list[Any]]:
     """Every wrapper over one rule of each kind that it can stand on, and one stack of two."""
     found: list[list[Any]] = [[{"server_momentum": {"beta": 0.9}}, {"clip": {"max_norm": 1.0}}, "flexlora"]]
+    found += [["inflora", "ffa"], [{"inflora": {"refresh": True}}, "ffa"]]
+    found += [["inflora", "fedprox", {"clip": {"max_norm": 1.0}}, {"ffa": {"orthogonal": False}}]]
     for wrapper, rule in product(WRAPPERS, KINDS):
         stack = [{wrapper: OPTIONS.get(wrapper, {})}, rule]
         with contextlib.suppress(ConfigError):
@@ -68,6 +70,16 @@ def test_every_strategy_and_sound_stack_passes_every_law_that_applies(spec: Any,
         (["personal_head", "scaffold", "ffa"], "put it before personal_head"),
         (["krum", "fedsa"], "krum compares whole updates, and fedsa keeps a factor on the clients"),
         (["coordinate_median", "hetlora"], "makes one update of all, and hetlora weighs each"),
+        (["inflora", "flexlora"], r"flexlora does not keep one A for everyone; use \[inflora, ffa\]"),
+        (["inflora", "rolora"], "rolora does not keep one A"),
+        (["inflora", "krum", "ffa"], "krum does not look at sketches of inputs.*use clip"),
+        (["inflora", "trimmed_mean", "ffa"], "trimmed_mean does not look at sketches"),
+        (["inflora", "server_momentum", "ffa"], "server_momentum carries B from round to round"),
+        (["inflora", "scaffold", "ffa"], "scaffold carries B from round to round"),
+        (["inflora", "staleness", "ffa"], "staleness carries B from round to round"),
+        (["server_momentum", "inflora", "ffa"], "server_momentum stands around it; put inflora first"),
+        (["multi_krum", "inflora", "ffa"], "multi_krum stands around it; put inflora first"),
+        ([{"inflora": {"energy": 0}}, "ffa"], "inflora needs 0 < energy <= 1"),
         (["clip", "fedprox", "clip", "flexlora"], "clip stands in the stack twice"),
         (["clip"], r"clip is a wrapper and needs a rule after it: \[clip, flexlora\]"),
         (["flexlora", "fedit"], "flexlora is a rule, and a stack has one, at its end"),
@@ -318,6 +330,16 @@ class SendsMoreThanItSays(RoLoRA):
     traffic = Traffic(up="r*n")
 
 
+class TellsHalfOfWhatItSendsAlong(ZeroPad):
+    """Counts what goes beside modules, and not what goes beside the head."""
+
+    traffic = Traffic(extras="r*n")
+
+    def broadcast(self, client, ctx, state):
+        tensors = self.redistribute(ctx.adapter, client, ctx, state).tensors()
+        return {f"control/{name}": tensor for name, tensor in tensors.items() if not name.endswith(":B")}
+
+
 class BigPatch(FedEx):
     """Stacks the residual without recompressing it, and forgets that that is more."""
 
@@ -369,6 +391,7 @@ class Failing:
         ],
         "bytes up and down are those of the declared formula": [
             (SendsMoreThanItSays, r"up is declared as r\*n = .* numbers, came"),
+            (TellsHalfOfWhatItSendsAlong, "those beside dense tensors should come to 0 numbers, came 6"),
             (BigPatch, "the patch is declared as at most"),
             (KeepsWhatItSends, r"\['A'\] are both sent and kept"),
         ],
