@@ -354,6 +354,7 @@ def base_spec(config: RunConfig, task: str, labels: tuple[str, ...]) -> BaseSpec
         revision=model.revision,
         device=model.device,
         seed=config.seed,
+        head=model.head,
     )
 
 
