@@ -40,6 +40,8 @@ class Traits:
         whole_cohort: keeps books on every client's extra tensors, so no client may be left out around or inside it.
         whole_update: what travels shows the change of a client's whole update; not so where a factor stays at home.
         freezes: hands out components that a client sees and does not train.
+        head_only: trains no low-rank pair, only what is trained in full.
+        writes_head: makes the head itself, so no layer over it may move or keep it.
     """
 
     exact: bool = False
@@ -54,6 +56,8 @@ class Traits:
     whole_cohort: bool = False
     whole_update: bool = True
     freezes: bool = False
+    head_only: bool = False
+    writes_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,14 @@ def _can_learn(strategy: Strategy) -> None:
     for start in trials.rounds(strategy, 3):
         for client in trials.cohort(strategy):
             plan, handed = trials.receive(strategy, start, client)
+            if strategy.traits.head_only:
+                # its pairs may lie as they like, since none of them is to move
+                if plan.train != {"dense"}:
+                    raise LawBroken(
+                        f"head_only is declared; round {start.ctx.round}, client {client.id}: trains {_parts(plan)},"
+                        " expected dense alone"
+                    )
+                continue
             for path, update in handed.modules.items():
                 live_A, live_B = (update.A != 0).any(dim=1), (update.B != 0).any(dim=0)
                 told = f"{path}: round {start.ctx.round}, client {client.id} of rank {client.rank}"

@@ -16,7 +16,7 @@ from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, Stat
 from fedlora.aggregation.combine import part_of
 from fedlora.aggregation.coordinate import Coordinatewise, require_fixed_gauge
 from fedlora.aggregation.robust import Reweighting
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, part, require_free_head
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
 
@@ -63,8 +63,9 @@ class Scaffold(Wrapper):
                 f"strategy: {deaf.name} does not look at control variates, which a bad client would send around it;"
                 " use fedprox"
             )
+        require_free_head(self.name, inner)
         self.traits = replace(inner.traits, whole_cohort=True)
-        self.traffic = replace(inner.traffic, extras=inner.traffic.up)
+        self.traffic = replace(inner.traffic, extras=inner.traffic.up, dense_extras=inner.traffic.dense)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("scaffold")
@@ -114,6 +115,16 @@ class PersonalHead(Wrapper):
         super().__init__(inner)
         if inner.traits.whole_cohort:
             raise ConfigError("strategy: scaffold shares what it corrects; put it before personal_head, not inside it")
+        if inner.traits.head_only:
+            raise ConfigError(
+                f"strategy: {described(inner)} shares nothing but the head, which personal_head keeps on the clients;"
+                " put personal_head over a rule such as flexlora"
+            )
+        if inner.traits.writes_head:
+            raise ConfigError(
+                f"strategy: the head of {described(inner)} is made on the server, and personal_head keeps heads on the"
+                " clients; leave one of them out"
+            )
         self.traits = replace(inner.traits, personal=True)
         self.traffic = replace(inner.traffic, dense=False)
 

@@ -29,7 +29,7 @@ class OLoRA(Wrapper):
         super().__init__(inner)
         if not weight >= 0:
             raise ConfigError(f"strategy: o_lora.weight must be at least 0, not {weight}")
-        if inner.traits.patches_base or inner.traits.core:
+        if inner.traits.patches_base or inner.traits.core or inner.traits.head_only:
             raise ConfigError(
                 f"strategy: o_lora keeps a trained A out of what was frozen, and {described(inner)} patches the base in"
                 " every round or trains no A; use flexlora, zero_pad or fedit"

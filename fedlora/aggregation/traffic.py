@@ -17,6 +17,7 @@ class Traffic:
         patch: the most that a round adds to the base ledger; every client receives it once.
         extras: what travels beside the factors, both ways, such as control variates.
         dense: whether tensors trained in full travel up too.
+        dense_extras: whether about as many numbers as these have travel beside them too, both ways.
     """
 
     up: str = "r*(m + n)"
@@ -24,6 +25,7 @@ class Traffic:
     patch: str = "0"
     extras: str = "0"
     dense: bool = True
+    dense_extras: bool = False
 
     def count(
         self,
