@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-import fedlora.continual.orthogonal  # noqa: F401 - registers its local methods
+import fedlora.continual.orthogonal
+import fedlora.continual.prototypes  # noqa: F401 - both register local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
