@@ -19,6 +19,7 @@ from torch import Tensor
 import fedlora.continual.distillation
 import fedlora.continual.importance
 import fedlora.continual.orthogonal
+import fedlora.continual.prototypes
 import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
@@ -369,6 +370,7 @@ def base_spec(config: RunConfig, task: str, labels: tuple[str, ...]) -> BaseSpec
         revision=model.revision,
         device=model.device,
         seed=config.seed,
+        head=model.head,
     )
 
 

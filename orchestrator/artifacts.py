@@ -15,7 +15,7 @@ from fedlora.adapter.rank import pad
 from fedlora.config import RunConfig
 from fedlora.data.sources import normalise, quiet, read_file
 from fedlora.data.text import Example, encode
-from fedlora.errors import DataError, FedLoRAError, RunFolderError, nearest
+from fedlora.errors import ConfigError, DataError, FedLoRAError, RunFolderError, nearest
 from fedlora.protocol import EvalResult
 from fedlora.training.batches import collate
 from fedlora.training.evaluate import evaluate
@@ -93,10 +93,16 @@ def export(run: Run, target: Path, merge: bool) -> float:
 
     Raises:
         RunFolderError: the target is not empty or cannot be written.
+        ConfigError: a merged model was asked for, and transformers knows no such head.
         FedLoRAError: the logits differ by more than ``TOLERANCE``.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder; choose another")
+    if merge and run.config.model.head != "linear":
+        raise ConfigError(
+            f"export: transformers knows no {run.config.model.head} head, and would read a merged model as another one;"
+            " export the adapter instead, without --merge"
+        )
     if merge:
         base = _merge_base(run)
         probe = _probe(base.tokenizer)

@@ -22,7 +22,7 @@ from orchestrator.fleet import Fleet
 from orchestrator.progress import Progress
 from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
-from orchestrator.soundness import check_strategy, check_stream
+from orchestrator.soundness import check_head, check_strategy, check_stream
 from orchestrator.state import RunState
 
 
@@ -42,6 +42,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     base = pool.base()
     check_strategy(strategy, config, [member.id for member in members], base.merges)
     check_stream(strategy, members)
+    check_head(strategy, base.dense)
     check_rank(base.sites, rank)
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:

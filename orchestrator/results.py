@@ -26,6 +26,20 @@ from orchestrator.report import write_report
 from orchestrator.state import RunState
 from orchestrator.stores.files import write_json, writing
 
+COSINE_README = """# An adapter with a cosine head
+
+This adapter was trained with `model.head: cosine`: the last layer of its classifier computes `scale * cos(h, w_c)`.
+PEFT loads it onto a plain model without a complaint, and every logit is then wrong. Put the head in first:
+
+    from fedlora.training.heads import put_cosine_head
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=...)
+    put_cosine_head(model)
+    model = PeftModel.from_pretrained(model, this_folder)
+
+`fedlora eval` and `fedlora export` do that by themselves.
+"""
+
 
 def finish(
     config: RunConfig, folder: Path, state: RunState, fed: Federation, base: BaseInfo, began: float
@@ -83,6 +97,8 @@ def describe_stream(stream: Progress, course: Course) -> dict[str, Any]:
 def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) -> Path:
     """Write the global adapter as a PEFT directory.
 
+    One that fits no plain model says so in a README.md beside it.
+
     Returns:
         Its weights file.
     """
@@ -96,6 +112,8 @@ def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) 
             lora.lora_alpha,
             lora.use_rslora,
         )
+        if config.model.head == "cosine":
+            (target / "README.md").write_text(COSINE_README, encoding="utf-8")
     return target / "adapter_model.safetensors"
 
 

@@ -1,10 +1,13 @@
 """Strategies that do not fit the rest of a configuration, refused before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from clients.attacks import build
 from fedlora.aggregation import Strategy, compose
-from fedlora.aggregation.wrapper import described
+from fedlora.aggregation.prototypes import Prototypes
+from fedlora.aggregation.wrapper import Wrapper, described
 from fedlora.config import RunConfig
 from fedlora.continual.plateau import Never, build_policy
 from fedlora.errors import ConfigError, nearest
@@ -49,6 +52,11 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             f"strategy: {name} keeps parts on the clients, and the tasks of a stream are scored for one global model;"
             " use a strategy without personal parts"
         )
+    if traits.head_only and config.lora.use_dora:
+        raise ConfigError(
+            f"strategy: {name} trains what is trained in full, which DoRA's magnitudes would be too; set lora.use_dora:"
+            " false"
+        )
     if (traits.patches_base or freezes) and config.lora.use_dora and not merges:
         what = name if traits.patches_base else "continual.freeze"
         raise ConfigError(
@@ -73,6 +81,22 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             f"ledger.max_rank has no effect: {name} does not patch the base, and no task is frozen into it; use flora,"
             " fedex or fedex_het"
         )
+
+
+def check_head(strategy: Strategy, dense: Mapping[str, Tensor]) -> None:
+    """Raise ``ConfigError`` where a strategy is about a head that the model does not have.
+
+    Args:
+        dense: the tensors trained in full, by name.
+    """
+    if strategy.traits.head_only and not dense:
+        raise ConfigError(
+            f"strategy: {described(strategy)} trains what is trained in full alone, and nothing of this model is: a"
+            " language model has no new head; give rows of text and label, name lora.modules_to_save, or use flexlora"
+        )
+    for layer in strategy.layers() if isinstance(strategy, Wrapper) else []:
+        if isinstance(layer, Prototypes):
+            layer.place(dense)
 
 
 def check_stream(strategy: Strategy, members: Sequence[ClientInfo]) -> None:

@@ -22,7 +22,7 @@ from fedlora.training.model import check_length, device_of, dtype_of, find_saved
 from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
 from orchestrator.selection import build_selector
-from orchestrator.soundness import check_strategy
+from orchestrator.soundness import check_head, check_strategy
 from orchestrator.stores.files import check_folder
 
 
@@ -67,7 +67,9 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         facts |= told
         if strategy is not None and served is not None:
             ranks, rank = served
-            facts["budget"] = budget(strategy, ranks, Outline(rank, sites, dense), config)
+            outlined = Outline(rank, sites, sum(tensor.numel() for tensor in dense.values()))
+            facts["budget"] = budget(strategy, ranks, outlined, config)
+            check_head(strategy, dense)
     except FedLoRAError as error:
         problems.append(error)
     try:
@@ -104,8 +106,10 @@ def _attack_facts(config: RunConfig, corpus: Any) -> dict[str, Any]:
     return {"attack": describe_attack(assault.name, assault.group)}
 
 
-def _model_facts(config: RunConfig, corpus: Any) -> tuple[dict[str, Any], Mapping[str, tuple[int, int]], int]:
-    """What to say of the model, (out, in) of the adapted modules, and numbers in tensors trained in full."""
+def _model_facts(
+    config: RunConfig, corpus: Any
+) -> tuple[dict[str, Any], Mapping[str, tuple[int, int]], Mapping[str, torch.Tensor]]:
+    """What to say of the model, (out, in) of the adapted modules, and the tensors trained in full without numbers."""
     if corpus is None:  # the data could not be read; names and sizes can be checked all the same
         task = config.model.task if config.model.task != "auto" else "sequence-classification"
         spec = base_spec(config, task, ())
@@ -116,13 +120,14 @@ def _model_facts(config: RunConfig, corpus: Any) -> tuple[dict[str, Any], Mappin
     check_rank(sites, config.lora.r)
     check_length(model, config.data.max_length)
     saved = find_saved(model, config.lora.modules_to_save, spec.task)
-    head = sum(p.numel() for name, p in model.named_parameters() if set(name.split(".")) & set(saved))
+    dense = {name: p for name, p in model.named_parameters() if set(name.split(".")) & set(saved)}
+    head = sum(p.numel() for p in dense.values())
     factors = sum(out + inner for out, inner in sites.values())
     told = {
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "adapter": f"{len(sites)} layers, {factors * config.lora.r + head:,} parameters at rank {config.lora.r}",
     }
-    return told, sites, head
+    return told, sites, dense
 
 
 def _merges(config: RunConfig) -> bool:

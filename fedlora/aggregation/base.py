@@ -42,6 +42,8 @@ class Traits:
         freezes: hands out components that a client sees and does not train.
         protects: keeps what a stream has frozen from being forgotten, and does nothing before a freeze.
         outermost: chooses a factor after the rule has spoken, so that nothing may move the adapter around it.
+        head_only: trains no low-rank pair, only what is trained in full.
+        writes_head: makes the head itself, so no layer over it may move or keep it.
     """
 
     exact: bool = False
@@ -58,6 +60,8 @@ class Traits:
     freezes: bool = False
     protects: bool = False
     outermost: bool = False
+    head_only: bool = False
+    writes_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,14 @@ def _can_learn(strategy: Strategy) -> None:
     for start in trials.rounds(strategy, 3):
         for client in trials.cohort(strategy):
             plan, handed = trials.receive(strategy, start, client)
+            if strategy.traits.head_only:
+                # its pairs may lie as they like, since none of them is to move
+                if plan.train != {"dense"}:
+                    raise LawBroken(
+                        f"head_only is declared; round {start.ctx.round}, client {client.id}: trains {_parts(plan)},"
+                        " expected dense alone"
+                    )
+                continue
             for path, update in handed.modules.items():
                 live_A, live_B = (update.A != 0).any(dim=1), (update.B != 0).any(dim=0)
                 told = f"{path}: round {start.ctx.round}, client {client.id} of rank {client.rank}"
@@ -355,12 +363,11 @@ def _traffic(strategy: Strategy) -> None:
                 came = sum(tensor.numel() for tensor in tensors)
                 if came != expected:
                     raise LawBroken(f"{told}: {formula} is declared as {text} = {expected} numbers, came {came}")
-            expected = sum(t.numel() for t in handed.dense.values() if formulas.dense_extras and formulas.dense)
-            came = sum(tensor.numel() for name, tensor in extras.items() if _beside_dense(name))
-            if came != expected:
+            beside = [name for name in extras if _beside_dense(name)]
+            if bool(beside) != formulas.dense_extras:
                 raise LawBroken(
-                    f"{told}: traffic.dense_extras is {formulas.dense_extras}, so those beside dense tensors should"
-                    f" come to {expected} numbers, came {came}"
+                    f"{told}: traffic.dense_extras is {formulas.dense_extras}, and beside dense tensors came"
+                    f" {', '.join(beside) or 'nothing'}"
                 )
         updates = trials.train(strategy, start, cohort)
         outcome = combine(strategy, updates, start.ctx, start.state)

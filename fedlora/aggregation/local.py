@@ -16,7 +16,7 @@ from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, Stat
 from fedlora.aggregation.combine import part_of
 from fedlora.aggregation.coordinate import require_fixed_gauge
 from fedlora.aggregation.extras import require_watched
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, part, require_free_head
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
 
@@ -58,8 +58,9 @@ class Scaffold(Wrapper):
         super().__init__(inner)
         require_fixed_gauge(self.name, inner, "fedprox")
         require_watched(self.name, inner, "control variates", "use fedprox")
+        require_free_head(self.name, inner)
         self.traits = replace(inner.traits, whole_cohort=True)
-        self.traffic = replace(inner.traffic, extras=inner.traffic.up, dense_extras=True)
+        self.traffic = replace(inner.traffic, extras=inner.traffic.up, dense_extras=inner.traffic.dense)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("scaffold")
@@ -109,6 +110,21 @@ class PersonalHead(Wrapper):
         super().__init__(inner)
         if inner.traits.whole_cohort:
             raise ConfigError("strategy: scaffold shares what it corrects; put it before personal_head, not inside it")
+        if inner.traits.head_only:
+            raise ConfigError(
+                f"strategy: {described(inner)} shares nothing but the head, which personal_head keeps on the clients;"
+                " put personal_head over a rule such as flexlora"
+            )
+        if inner.traits.writes_head:
+            raise ConfigError(
+                f"strategy: the head of {described(inner)} is made on the server, and personal_head keeps heads on the"
+                " clients; leave one of them out"
+            )
+        if inner.traits.protects:
+            raise ConfigError(
+                f"strategy: {described(inner)} protects what a stream has frozen, and a stream has no personal parts;"
+                " leave one of them out"
+            )
         self.traits = replace(inner.traits, personal=True)
         self.traffic = replace(inner.traffic, dense=False)
 

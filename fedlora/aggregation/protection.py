@@ -37,7 +37,7 @@ class OLoRA(Wrapper):
         super().__init__(inner)
         if not weight >= 0:
             raise ConfigError(f"strategy: o_lora.weight must be at least 0, not {weight}")
-        if inner.traits.patches_base or inner.traits.core:
+        if inner.traits.patches_base or inner.traits.core or inner.traits.head_only:
             raise ConfigError(
                 f"strategy: o_lora keeps a trained A out of what was frozen, and {described(inner)} patches the base in"
                 " every round or trains no A; use flexlora, zero_pad or fedit"
@@ -96,7 +96,8 @@ class Important(Wrapper):
         _require_freezable(self.name, inner)
         require_watched(self.name, inner, "importance", f"put {self.name} inside it")
         self.traits = replace(inner.traits, protects=True)
-        self.traffic = replace(inner.traffic, extras=_plus(inner.traffic.extras, "m + n"))
+        extras = _plus(inner.traffic.extras, "m + n")
+        self.traffic = replace(inner.traffic, extras=extras, dense_extras=inner.traffic.dense)
         self.weight, self.samples, self.decay = weight, samples, decay
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
@@ -165,6 +166,11 @@ def _plus(formula: str, more: str) -> str:
 
 
 def _require_freezable(name: str, inner: Strategy) -> None:
+    if inner.traits.personal:
+        raise ConfigError(
+            f"strategy: {name} protects what a stream has frozen, and {described(inner)} keeps parts on the clients,"
+            " which a stream does not; use flexlora, zero_pad or fedit"
+        )
     if inner.traits.patches_base:
         raise ConfigError(
             f"strategy: {name} looks back to the last freeze, and {described(inner)} patches the base in every round;"

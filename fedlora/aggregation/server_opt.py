@@ -19,7 +19,7 @@ from fedlora.adapter.algebra import norm, scaled, stack
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
 from fedlora.aggregation.coordinate import require_fixed_gauge
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part, require_free_head
 from fedlora.errors import ConfigError
 
 
@@ -31,6 +31,7 @@ class ServerOptimizer(Wrapper):
         layers = inner.layers() if isinstance(inner, Wrapper) else []
         if other := next((layer.name for layer in layers if isinstance(layer, ServerOptimizer)), None):
             raise ConfigError(f"strategy: {self.name} over {other} would be two server optimisers; keep one")
+        require_free_head(self.name, inner)
 
 
 @WRAPPERS.register("server_momentum")

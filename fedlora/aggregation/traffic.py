@@ -17,16 +17,16 @@ class Traffic:
         down: what a client receives with the adapter.
         patch: the most that a round adds to the base ledger; every client receives it once.
         extras: what travels beside the factors, both ways, such as control variates.
-        dense_extras: whether as much travels beside the tensors trained in full, where these travel up.
         dense: whether tensors trained in full travel up too.
+        dense_extras: whether about as many numbers as these have travel beside them too, both ways.
     """
 
     up: str = "r*(m + n)"
     down: str = "r*(m + n)"
     patch: str = "0"
     extras: str = "0"
-    dense_extras: bool = False
     dense: bool = True
+    dense_extras: bool = False
 
     def count(
         self,

@@ -73,6 +73,16 @@ def require_whole_cohort(name: str, inner: Strategy) -> None:
         )
 
 
+def require_free_head(name: str, inner: Strategy) -> None:
+    """Raise ``ConfigError`` if a layer inside makes the head itself, which ``name`` would move afterwards."""
+    layers = inner.layers() if isinstance(inner, Wrapper) else [inner]
+    if writers := [layer.name for layer in layers if layer.traits.writes_head]:
+        writer = writers[-1]  # the layers over it only pass the trait on
+        raise ConfigError(
+            f"strategy: {writer} makes the head itself, and {name} over it would move it; put {writer} before {name}"
+        )
+
+
 WRAPPERS: Registry[Wrapper] = Registry("wrapper")
 
 

@@ -22,6 +22,9 @@ class ModelConfig(Section):
     quantization: Literal["none", "nf4"] = "none"
     revision: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    head: Literal["linear", "cosine"] = Field(
+        "linear", description="of a classifier; cosine: scale * cos(feature, row), without a bias, the scale learned"
+    )
 
 
 class PartitionConfig(Section):

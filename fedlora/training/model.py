@@ -30,9 +30,7 @@ from fedlora.protocol import BaseInfo, Patch
 from fedlora.seeds import derive_seed
 from fedlora.training.base_patches import SideUpdates, base_layer, merge, takes_patches
 from fedlora.training.builtin import resolve
-
-HEADS = ("classifier", "score", "classification_head")
-
+from fedlora.training.heads import HEADS, put_cosine_head
 
 _HALF_DONE = (Patch("half done", b""),)
 
@@ -46,6 +44,7 @@ class BaseSpec:
         task: ``sequence-classification`` or ``causal-lm``.
         labels: label set of a classifier in index order.
         seed: of a new classification head.
+        head: ``linear`` or ``cosine``, of a classifier.
     """
 
     name: str
@@ -56,6 +55,7 @@ class BaseSpec:
     revision: str | None = None
     device: str = "auto"
     seed: int = 0
+    head: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def load_base(spec: BaseSpec) -> Base:
     Raises:
         ModelError: if the model is not there, or cannot be loaded as asked.
     """
+    _check_head(spec)
     path = resolve(spec.name)
     device = device_of(spec.device)
     options: dict[str, Any] = {"dtype": dtype_of(spec.dtype, device), "revision": spec.revision}
@@ -198,6 +199,8 @@ def load_base(spec: BaseSpec) -> Base:
         # after an evaluation would then differ from training before it, and small layers fail outright
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if spec.head == "cosine":
+        put_cosine_head(model)
     model.requires_grad_(False)
     return Base(spec, model, tokenizer, device, fingerprint(model))
 
@@ -206,8 +209,9 @@ def outline(spec: BaseSpec) -> Any:
     """The model without weights, on the meta device: enough to check names and sizes.
 
     Raises:
-        ModelError: if the model is not there.
+        ModelError: if the model is not there, or has no head of the kind that is asked for.
     """
+    _check_head(spec)
     path = resolve(spec.name)
     with _loading(spec.name):
         config = AutoConfig.from_pretrained(path, revision=spec.revision)
@@ -217,7 +221,18 @@ def outline(spec: BaseSpec) -> Any:
             AutoModelForSequenceClassification if spec.task == "sequence-classification" else AutoModelForCausalLM
         )
         with torch.device("meta"):
-            return kind.from_config(config)
+            model = kind.from_config(config)
+    if spec.head == "cosine":
+        put_cosine_head(model)
+    return model
+
+
+def _check_head(spec: BaseSpec) -> None:
+    if spec.head != "linear" and spec.task != "sequence-classification":
+        raise ModelError(
+            f"model.head: {spec.head} is for classifiers, and {spec.name} is used as a language model, whose head is"
+            " not trained; leave model.head out"
+        )
 
 
 def find_sites(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[int, int]]:

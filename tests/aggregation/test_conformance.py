@@ -26,7 +26,7 @@ from fedlora.aggregation.wrapper import described
 from fedlora.errors import ConfigError, RankError
 
 BY_NAME = {law.name: law for law in LAWS}
-KINDS = ("fedit", "rolora", "flexlora", "fedsa", "fedsb", "fedex_het")
+KINDS = ("fedit", "rolora", "flexlora", "fedsa", "fedsb", "fedex_het", "head_only")
 OPTIONS = {"fltrust": {"root": "ada"}}
 
 
@@ -80,6 +80,18 @@ def test_every_strategy_and_sound_stack_passes_every_law_that_applies(spec: Any,
         (["server_momentum", "inflora", "ffa"], "server_momentum stands around it; put inflora first"),
         (["multi_krum", "inflora", "ffa"], "multi_krum stands around it; put inflora first"),
         ([{"inflora": {"energy": 0}}, "ffa"], "inflora needs 0 < energy <= 1"),
+        (["personal_head", "head_only"], "shares nothing but the head.*put personal_head over a rule such as flexlora"),
+        (["o_lora", "clip", "head_only"], r"clip\(head_only\) patches the base in every round or trains no A"),
+        (["prototypes", "fedsa"], "fedsa keeps heads on the clients; use flexlora, zero_pad, fedit or head_only"),
+        (["prototypes", "personal_head", "flexlora"], "personal_head.* keeps heads on the clients"),
+        (["personal_head", "prototypes", "flexlora"], "is made on the server.*leave one of them out"),
+        (["server_momentum", "clip", "prototypes", "ffa"], "and server_momentum over it would move it; put prototypes"),
+        (["scaffold", "prototypes", "ffa"], "put prototypes before scaffold"),
+        (["prototypes", "krum", "flexlora"], "krum does not look at class means, which a bad client would send"),
+        (["prototypes", "clip", "trimmed_mean", "ffa"], "trimmed_mean does not look at class means"),
+        (["krum", "prototypes", "flexlora"], "krum hands out weights, but prototypes uses its own"),
+        ([{"prototypes": {"metric": "dot"}}, "ffa"], "prototypes.metric is cosine or euclidean, not dot"),
+        ([{"prototypes": {"memory": 2}}, "ffa"], "memory from 0 to 1 .* not 1.0, 2 and None"),
         (["clip", "fedprox", "clip", "flexlora"], "clip stands in the stack twice"),
         (["clip"], r"clip is a wrapper and needs a rule after it: \[clip, flexlora\]"),
         (["flexlora", "fedit"], "flexlora is a rule, and a stack has one, at its end"),
@@ -259,6 +271,19 @@ class StartsWithA(RoLoRA):
         return super().plan(ctx, client, {"turn": "B" if state.get("turn", "B") == "A" else "A"})
 
 
+class TrainsTheHeadUnasked(FedIT):
+    """Nothing but the head trains, and nobody is told."""
+
+    def plan(self, ctx, client, state):
+        return replace(super().plan(ctx, client, state), train=frozenset({"dense"}))
+
+
+class CallsItselfHeadOnly(FedIT):
+    """Says that only the head trains, so that nobody looks at its pairs."""
+
+    traits = Traits(linear=True, fixed_gauge=True, mixed_ranks=False, head_only=True)
+
+
 class IgnoresRanks(FlexLoRA):
     """Everyone receives the global rank."""
 
@@ -375,7 +400,11 @@ class Failing:
         "declared linear, the result is linear in what clients send": [(CallsItselfLinear, "F\\(y\\)")],
         "dense tensors are averaged by weight": [(ForgetsHeads, "head.weight .* sent heads")],
         "an update of zero weight changes nothing": [(PlainMean, "ada's update has weight 0")],
-        "a start from B = 0 can learn": [(StartsWithA, "trains A, dense, B is zero in components")],
+        "a start from B = 0 can learn": [
+            (StartsWithA, "trains A, dense, B is zero in components"),
+            (TrainsTheHeadUnasked, "trains dense, B is zero in components .* so the gradient of what trains is zero"),
+            (CallsItselfHeadOnly, "head_only is declared; round 1, client ada: trains A, B, dense, expected dense"),
+        ],
         "each client is handed its rank, and no worse an approximation than needed": [
             (IgnoresRanks, "handed to ben of rank 1 in round 1: rank 4; expected 1"),
             (DropsTheLast, "rank 4 at rank 4 is off by .*; 0.000000 is possible"),

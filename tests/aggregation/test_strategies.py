@@ -344,6 +344,17 @@ def test_every_strategy_says_what_it_computes_and_where_it_is_from(name: str) ->
     assert "arXiv" in strategy.source
 
 
+def test_head_only_averages_the_head_and_leaves_every_pair_as_it_was() -> None:
+    c1, c2 = sent("c1", [[0.0]], [[8.0]], weight=1, head=1.0), sent("c2", [[0.0]], [[8.0]], weight=3, head=5.0)
+    ctx = RoundContext(1, 1, seed=0, adapter=c1.received)
+    strategy = STRATEGIES.create("head_only")
+    came = combine(strategy, [c1, c2], ctx, {}).adapter
+    assert came.dense["head"].tolist() == [4.0]
+    assert came.modules == c1.received.modules
+    plan = strategy.plan(ctx, c1.client, {})
+    assert plan.train == plan.send == {"dense"}
+
+
 def test_an_unknown_strategy_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"strategy: flexlore is not known; did you mean flexlora\?"):
         STRATEGIES.create("flexlore")

@@ -134,6 +134,14 @@ def test_a_rule_that_patches_the_base_every_round_has_no_last_freeze(strategy: s
         compose([strategy, "flora"])
 
 
+@pytest.mark.parametrize(
+    "stack", [["ewc", "fedsa"], ["lwf", "personal_head", "flexlora"], ["personal_head", "mas", "ffa"]]
+)
+def test_a_stream_has_no_personal_parts_to_protect(stack: list[str]) -> None:
+    with pytest.raises(ConfigError, match="protects what a stream has frozen"):
+        compose(stack)
+
+
 def test_a_defence_inside_would_not_see_what_clients_call_important() -> None:
     with pytest.raises(ConfigError, match="multi_krum does not look at importance"):
         compose(["ewc", "multi_krum", "flexlora"])

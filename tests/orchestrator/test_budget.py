@@ -67,9 +67,10 @@ def test_of_factors_trained_in_turn_the_larger_round_counts(tmp_path: Path) -> N
     assert (found["ranks"][0]["trained"], found["ranks"][0]["up_bytes"]) == (28, 112)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["flexlora", "ffa", "fedsa", "fedsb", "rolora", ["scaffold", "zero_pad"], ["inflora", "ffa"]], ids=str
-)
+WRAPPED = [["scaffold", "zero_pad"], ["scaffold", "head_only"], ["prototypes", "flexlora"], ["inflora", "ffa"]]
+
+
+@pytest.mark.parametrize("strategy", ["flexlora", "ffa", "fedsa", "fedsb", "rolora", *WRAPPED], ids=str)
 def test_what_is_told_is_what_travels_headers_aside(tmp_path: Path, strategy: object) -> None:
     config = plain(tmp_path, strategy=strategy, clients__ranks=4, clients__count=2)
     facts, problems = validate(config)

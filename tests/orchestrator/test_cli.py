@@ -152,6 +152,25 @@ def test_export_merge_writes_a_whole_model(fedlora, finished: Path, tmp_path: Pa
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
+def test_a_run_with_a_cosine_head_is_scored_and_exported_as_what_it_is(fedlora, config, tmp_path: Path) -> None:
+    assert fedlora("run", config(model__head="cosine", rounds=1)).code == 0
+    rows = [{"text": text, "label": label} for text, label in zip(TOY, read_labels(tmp_path / "run"), strict=True)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fedlora("eval", tmp_path / "run", "--data", tmp_path / "my.jsonl").code == 0
+    result = fedlora("export", tmp_path / "run", "--to", tmp_path / "out")
+    assert result.code == 0, result.err  # which compares the logits
+    assert "put_cosine_head(model)" in (tmp_path / "out" / "README.md").read_text()
+    assert "put_cosine_head(model)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    merged = fedlora("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
+    assert merged.code == 2
+    assert "transformers knows no cosine head" in merged.err
+    assert not (tmp_path / "merged").exists()
+
+
+def read_labels(run: Path) -> list[str]:
+    return read_json(run / "labels.json")
+
+
 def test_a_run_on_a_bf16_base_merges_into_full_precision(fedlora, config, tmp_path: Path) -> None:
     assert fedlora("run", config(model__dtype="bfloat16", rounds=1)).code == 0
     result = fedlora("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")

@@ -188,6 +188,25 @@ def test_a_flipped_label_competes_too_and_attackers_train_on_their_buffer(toy: T
     assert not any(row["failed"] for row in read_lines(Path(config.output_dir) / "metrics.jsonl"))
 
 
+@pytest.mark.parametrize("rule", ["head_only", "flexlora"])
+def test_a_head_of_class_means_grows_with_the_labels_of_a_stream(toy: Toy, rule: str) -> None:
+    config = stream_of(toy, strategy=["prototypes", rule], continual={"loss_labels": "met"})
+    summary = launch.run(config, quiet)
+    state, _ = load_latest(Path(config.output_dir))
+    assert state is not None
+    runtime = ClientRuntime(config)
+    rows = read_lines(Path(config.output_dir) / "metrics.jsonl")
+    first, second = (len(task.labels) for task in runtime.stream.tasks)
+    # the freeze after the second round keeps every mean
+    assert [row["strategy"]["labels_with_a_mean"] for row in rows] == [first, first, first + second, first + second]
+    assert summary["stream"]["freezes"] == [2]
+    assert not any(row["failed"] or row["refused"] for row in rows)
+    means = state.strategy["means"]
+    assert torch.allclose(state.adapter.dense["classifier.weight"], torch.nn.functional.normalize(means, dim=1))
+    assert bool(state.ledger.entries) == (rule == "flexlora")  # a pair that never moved is nothing to freeze
+    assert summary["stream"]["metrics"]["ACC"] > 1 / (first + second)
+
+
 ALONE = {"name": "builtin:toy", "max_length": 32, "partition": {"method": "pathological", "classes_per_client": 1}}
 
 

@@ -1,11 +1,15 @@
 """The base model: loading, finding sites, one copy under many ranks, NF4."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.testing import assert_close
 
 from fedlora.adapter.initial import check_rank, initial_adapter
 from fedlora.adapter.peft import extract, insert, set_trainable
 from fedlora.errors import ModelError
+from fedlora.training.heads import CosineLinear
 from fedlora.training.model import (
     AdaptedModel,
     AdapterSpec,
@@ -18,6 +22,7 @@ from fedlora.training.model import (
 
 BERT = BaseSpec("builtin:tiny-bert", "sequence-classification", ("a", "b", "c"))
 LLAMA = BaseSpec("builtin:tiny-llama", "causal-lm")
+COSINE = replace(BERT, head="cosine")
 
 
 def test_the_new_head_is_the_same_in_every_worker_and_depends_on_the_seed() -> None:
@@ -113,3 +118,63 @@ def test_nf4_trains_the_same_before_and_after_an_evaluation() -> None:
     base.model.train()
     assert torch.equal(base.model(ids).logits, before)
     assert base.model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+
+
+# Cosine heads ------------------------------------------------------------------------------------------------
+
+
+def test_a_cosine_head_scores_the_angle_to_every_row() -> None:
+    plain = torch.nn.Linear(2, 3)
+    with torch.no_grad():
+        plain.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.1], [0.0, 0.0]]))
+    head = CosineLinear(plain)
+    # (10, 0) has the cosine 3/5 to the first row, 0 to the second; a row of zeros gets the lowest there is
+    assert_close(head(torch.tensor([[10.0, 0.0]])) / head.scale, torch.tensor([[0.6, 0.0, -1.0]]))
+    assert sorted(name for name, _ in head.named_parameters()) == ["scale", "weight"]
+
+
+def test_a_cosine_head_learns_its_rows_and_its_scale() -> None:
+    head = CosineLinear(torch.nn.Linear(4, 2))
+    head(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))).logsumexp(dim=1).sum().backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.any()
+    assert head.scale.grad is not None
+    assert head.scale.grad.any()
+
+
+def test_a_cosine_head_changes_neither_the_base_nor_the_drawn_rows() -> None:
+    linear, cosine = load_base(BERT), load_base(COSINE)
+    assert isinstance(cosine.model.classifier, CosineLinear)
+    assert type(linear.model.classifier) is torch.nn.Linear
+    assert cosine.fingerprint == linear.fingerprint
+    assert torch.equal(cosine.model.classifier.weight, linear.model.classifier.weight)
+    assert find_sites(cosine.model, "all-linear") == find_sites(outline(COSINE), "all-linear")
+    names = [{name for name, _ in model.named_parameters()} for model in (cosine.model, outline(COSINE))]
+    assert names[0] == names[1]
+
+
+def test_every_adapter_has_a_cosine_head_of_its_own() -> None:
+    adapted = AdaptedModel(load_base(COSINE), AdapterSpec(("query",), 2.0))
+    info = adapted.info()
+    assert {name: tuple(t.shape) for name, t in info.dense.items()} == {
+        "classifier.weight": (3, 32),
+        "classifier.scale": (1,),
+    }
+    state = initial_adapter(info.sites, {**info.dense, "classifier.scale": torch.tensor([2.0])}, 2, 0)
+    model = adapted.at_rank(2).eval()
+    insert(model, "r2", state)
+    with torch.no_grad():
+        logits = model(torch.tensor([[2, 3, 4]])).logits
+        pooled = model.base_model.model.bert(torch.tensor([[2, 3, 4]])).pooler_output
+    assert_close(logits, 2.0 * torch.cosine_similarity(pooled, state.dense["classifier.weight"])[None])
+
+
+@pytest.mark.parametrize("read", [load_base, outline])
+def test_a_cosine_head_for_a_language_model_is_refused(read) -> None:
+    with pytest.raises(ModelError, match="model.head: cosine is for classifiers, and builtin:tiny-llama is used as a"):
+        read(replace(LLAMA, head="cosine"))
+
+
+def test_a_classifier_without_a_bias_gets_a_cosine_head_too() -> None:
+    model = load_base(BaseSpec("builtin:tiny-llama", "sequence-classification", ("a", "b"), head="cosine")).model
+    assert isinstance(model.score, CosineLinear)

@@ -1,0 +1,136 @@
+"""Class means of a client's features: the local half of heads that are made instead of trained."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.data.text import Example
+from fedlora.errors import FedLoRAError
+from fedlora.seeds import derive_seed
+from fedlora.training.batches import collate
+from fedlora.training.methods import LOCAL_METHODS, Answer, Local, LocalMethod, Memory, Start, Tensors
+from fedlora.training.objective import targets_and_logits
+
+BATCH = 64
+
+
+@LOCAL_METHODS.register("prototypes")
+class Prototypes(LocalMethod):
+    """Holds the last layer of the head still, and answers with the mean feature of every label.
+
+    What the strategy sends, ``<path of the layer>/means`` [C, d] and ``/shares`` [C], comes back filled in: the mean
+    input of that layer over the client's rows of each label, after training, and the label's share of the rows that
+    were looked at. Means and shares stay as small as one row however many there are, which the limit on the norm of an
+    update asks for.
+
+    Args:
+        rows: at most so many are looked at; 0 for all.
+    """
+
+    channel = "prototypes"
+
+    def __init__(self, rows: float = 0):
+        self.rows = int(rows)
+
+    def begin(self, start: Start) -> Memory:
+        paths = {name.rpartition("/")[0] for name in start.extras}
+        if len(paths) != 1 or start.local is None:
+            raise FedLoRAError(f"prototypes: expected means and shares of one layer and rows to look at, came {paths}")
+        (path,) = paths
+        if f":{path}.weight" not in start.trained:
+            raise FedLoRAError(f"prototypes: {path} is not among what this client trains in full")
+        head = {name: start.tensors[name] for name in (f":{path}.weight", f":{path}.bias") if name in start.trained}
+        return {"path": path, "head": head, "local": start.local}
+
+    def project(self, gradients: Tensors, raw: Tensors, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
+        still = {name: torch.zeros_like(g) for name, g in gradients.items() if name in memory["head"]}
+        return {**gradients, **still}, memory
+
+    def finish(self, tensors: Tensors, memory: Memory) -> Answer:
+        local, path = memory["local"], memory["path"]
+        with torch.no_grad():
+            for name, tensor in memory["head"].items():
+                local.parameters[name].copy_(tensor)  # weight decay moves a parameter whatever its gradient is
+        layer = _layer(local.model, local.parameters[f":{path}.weight"], path)
+        means, shares = class_means(local, layer, _chosen(local, self.rows))
+        return Answer({f"{path}/means": means, f"{path}/shares": shares})
+
+
+@torch.no_grad()
+def class_means(local: Local, layer: nn.Linear, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Mean input of ``layer`` over the rows of every label [C, d], and each label's share of the rows [C].
+
+    A label without rows has a mean of zeros. Dropout is off; the model is left as it was.
+
+    Raises:
+        FedLoRAError: if the layer's outputs are not the model's logits.
+    """
+    sums = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
+    counts = torch.zeros(layer.out_features, dtype=torch.float64)
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    with _inputs_of(layer) as caught, _evaluating(local.model):
+        for start in range(0, len(ordered), BATCH):
+            batch = collate(ordered[start : start + BATCH], local.pad_token_id, layer.weight.device)
+            logits, targets, _ = targets_and_logits(local.model, batch)
+            if logits.shape[1] != layer.out_features:
+                raise FedLoRAError(
+                    f"prototypes: the layer has {layer.out_features} outputs, and the model tells {logits.shape[1]}"
+                    " labels apart; name the head's last layer in the strategy: {prototypes: {head: ...}}"
+                )
+            features = caught.pop()
+            if features.ndim == 3:  # a head that runs at every position, of which one is read
+                features = features[torch.arange(len(features)), _read_at(local, batch["input_ids"])]
+            targets = targets.cpu()
+            sums.index_add_(0, targets, features.double().cpu())
+            counts += torch.bincount(targets, minlength=len(counts))
+    return (sums / counts.clamp(min=1)[:, None]).float(), (counts / max(len(ordered), 1)).float()
+
+
+def _chosen(local: Local, rows: int) -> Sequence[Example]:
+    """All rows, or so many drawn from the task's seed."""
+    if not rows or rows >= len(local.examples):
+        return local.examples
+    draw = random.Random(derive_seed(local.seed, 0, "", "prototypes"))
+    return [local.examples[row] for row in draw.sample(range(len(local.examples)), rows)]
+
+
+def _layer(model: nn.Module, weight: nn.Parameter, path: str) -> nn.Linear:
+    """The layer a parameter belongs to; PEFT keeps one copy of a head per adapter."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is weight:
+            return module
+    raise FedLoRAError(f"prototypes: {path} is not a linear layer")
+
+
+def _read_at(local: Local, ids: Tensor) -> Tensor:
+    """The position [n] whose logits count: the last that is no padding, as transformers has it."""
+    padding = getattr(local.model.config, "pad_token_id", None)
+    present = ids != (local.pad_token_id if padding is None else padding)
+    return (torch.arange(ids.shape[1], device=ids.device) * present).argmax(dim=1)
+
+
+@contextlib.contextmanager
+def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    caught: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
