@@ -60,16 +60,21 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
     count = len(fed.course.names)
     met = fed.course.met(state.round) if state.round else frozenset(range(count))
     every = range(count) if not state.round or fed.course.ends(state.round) else sorted(met)
-    payload, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
+    active, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
+    # a task that is done and has an adapter of its own is scored with that one
+    own = {entry.provenance["task"]: entry.payload for entry in state.ledger.of_kind("task")}
+    payloads = [own.get(task, active) for task in range(count)]
     tasks = [
         # before training a task is scored against the labels that it will compete with right before its turn
-        EvalTask("", payload, shard, shards, patches, stage=task, met=met if state.round else frozenset(range(task)))
+        EvalTask(
+            "", payloads[task], shard, shards, patches, stage=task, met=met if state.round else frozenset(range(task))
+        )
         for task in every
         for shard in range(shards)
     ]
     if fed.evaluate_clients:
         tasks += [
-            EvalTask(client.id, payload, ledger=patches, stage=task, met=met)
+            EvalTask(client.id, payloads[task], ledger=patches, stage=task, met=met)
             for client in fed.members
             for task in sorted(met)
             if client.stages[task][1]
@@ -86,7 +91,7 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
         found = clients.setdefault(task.subject, {}) if task.subject else server
         found[task.stage] = found[task.stage] + result if task.stage in found else result
     scores = _scores([result for task, result in server.items() if task in met])
-    each = [functools.reduce(operator.add, own.values()) for own in clients.values()]
+    each = [functools.reduce(operator.add, results.values()) for results in clients.values()]
     return Evaluation(scores, _spread(each), TaskScores(count, server, clients))
 
 

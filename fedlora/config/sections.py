@@ -265,6 +265,14 @@ class ContinualConfig(Section):
         description="when the adapter goes into the base ledger and a fresh one starts: boundaries, plateau, published,"
         " period or never; with options as {plateau: {window: 5}}",
     )
+    merge: str | dict[str, dict[str, Any] | None] = Field(
+        "sum",
+        description="how the frozen tasks become one model: sum, mean, ties, dare, orthogonal or lines; with options as"
+        " {lines: {alpha: 0.5}}",
+    )
+    isolated: bool = Field(
+        False, description="every task trains an adapter and a head of its own; its rows are scored with them"
+    )
     replay: ReplayConfig | None = Field(None, description="a buffer on every client; {} for the defaults")
     joint: bool = Field(False, description="the upper bound: everybody trains on the rows of all tasks all the time")
 
@@ -275,17 +283,31 @@ class ContinualConfig(Section):
         if self.replay and self.loss_labels == "task" and self.scenario != "domain":
             raise ValueError("replay brings rows of earlier tasks, whose labels must compete: use loss_labels: met")
         if self.joint:
-            idle = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None}
+            idle = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None, "merge": "sum", "isolated": False}
             if ignored := [key for key, default in idle.items() if getattr(self, key) != default]:
                 raise ValueError(f"joint trains on the rows of all tasks all the time; leave {', '.join(ignored)} out")
             if self.freeze != "never":
                 raise ValueError("joint knows no boundaries; set freeze: never")
+        if self.isolated:
+            self._check_isolated()
         if odd := [task.name for task in self.tasks if task.prefix and task.data is None]:
             raise ValueError(f"prefix tells the labels of datasets apart, and task {odd[0]} has no data of its own")
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")
         return self
+
+    def _check_isolated(self) -> None:
+        shared = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None}
+        if mixing := [key for key, default in shared.items() if getattr(self, key) != default]:
+            raise ValueError(f"isolated trains one task at a time, on its rows only; leave {', '.join(mixing)} out")
+        if self.merge != "sum":
+            raise ValueError("isolated keeps the tasks apart, so there is nothing to merge; leave merge out")
+        if self.freeze != "boundaries" and (isinstance(self.freeze, str) or set(self.freeze) != {"boundaries"}):
+            raise ValueError("isolated begins an adapter where a task begins; use freeze: boundaries")
+        # each task leaves a folder of its name beside the files of the adapter
+        if odd := [name for name in self.names if name in ("", ".", "..") or set(name) & set('/\\:*?"<>|\0')]:
+            raise ValueError(f"isolated writes adapter/<task>, and {odd[0]!r} is no name of a folder")
 
     @property
     def names(self) -> tuple[str, ...]:
