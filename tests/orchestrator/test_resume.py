@@ -157,7 +157,7 @@ def test_kill_9_around_a_freeze_then_resume_gives_the_same_bytes(
     assert without_times(rows) == without_times(expected_rows)
 
 
-# Where tasks are merged or kept apart, a freeze comes before the scores, and the last one at the end of the run ---------
+# Tasks that are merged before the scores, also at the end of the run, and tasks that are kept apart -----------------
 
 AFTER_A_FREEZE: dict[str, Any] = {"merged": {"merge": {"dare": {"p": 0.3}}}, "isolated": {"isolated": True}}
 KILLED = [("merged", "round.frozen:2"), ("merged", "commit.ledger:4"), ("isolated", "commit.ledger:2")]
