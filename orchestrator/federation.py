@@ -44,6 +44,7 @@ class Federation:
         freezer: says when the adapter goes into the base; None without a stream.
         merging: how what was frozen becomes one model; None for the plain sum.
         isolated: every task of a stream has an adapter of its own, and the base stays bare.
+        prototypes: rows find the adapter they are scored with by features; else by the task they belong to.
         init: how a fresh A is drawn.
         out: round of the task each client has from this process and has not answered.
     """
@@ -70,6 +71,7 @@ class Federation:
     freezer: Policy | None = None
     merging: Merging | None = None
     isolated: bool = False
+    prototypes: bool = False
     init: str = "kaiming"
     out: dict[str, int] = field(default_factory=dict)
 

@@ -77,6 +77,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         freezer=build_policy(config.continual.freeze) if config.continual else None,
         merging=merging,
         isolated=bool(config.continual and config.continual.isolated),
+        prototypes=bool(config.continual and config.continual.routing == "prototype"),
         init=init,
     )
     if fed.fleet:

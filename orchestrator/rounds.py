@@ -20,6 +20,7 @@ from orchestrator.flights import Flight
 from orchestrator.inbox import Inbox, Used, describe
 from orchestrator.outbox import Outbox
 from orchestrator.patches import patch_base
+from orchestrator.routing import with_prototype
 from orchestrator.schedule import in_order, play, wanted
 from orchestrator.scoring import better, evaluate_global
 from orchestrator.selection import Record
@@ -70,6 +71,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     moved = merge_tasks(fed, moved, decision)
     clock.lap("aggregate")
     reach("round.aggregated", number)
+    moved = with_prototype(fed, moved)
     due = number % fed.evaluate_every == 0 or number == fed.rounds or fed.task_ends(number)
     found = evaluate_global(fed, moved) if due else None
     scores = found.scores if found else None

@@ -14,6 +14,7 @@ from fedlora.errors import RoundError
 from fedlora.protocol import EvalResult, EvalTask
 from orchestrator.federation import Federation
 from orchestrator.progress import TaskScores
+from orchestrator.routing import routed
 from orchestrator.state import RunState
 
 
@@ -60,25 +61,21 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
     count = len(fed.course.names)
     met = fed.course.met(state.round) if state.round else frozenset(range(count))
     every = range(count) if not state.round or fed.course.ends(state.round) else sorted(met)
-    active, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
-    # a task that is done and has an adapter of its own is scored with that one
-    own = {entry.provenance["task"]: entry.payload for entry in state.ledger.of_kind("task")}
-    payloads = [own.get(task, active) for task in range(count)]
+    payload, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
     tasks = [
         # before training a task is scored against the labels that it will compete with right before its turn
-        EvalTask(
-            "", payloads[task], shard, shards, patches, stage=task, met=met if state.round else frozenset(range(task))
-        )
+        EvalTask("", payload, shard, shards, patches, stage=task, met=met if state.round else frozenset(range(task)))
         for task in every
         for shard in range(shards)
     ]
     if fed.evaluate_clients:
         tasks += [
-            EvalTask(client.id, payloads[task], ledger=patches, stage=task, met=met)
+            EvalTask(client.id, payload, ledger=patches, stage=task, met=met)
             for client in fed.members
             for task in sorted(met)
             if client.stages[task][1]
         ]
+    tasks = routed(fed, state, tasks)
     server: dict[int, EvalResult] = {}
     clients: dict[str, dict[int, EvalResult]] = {}
     for task, result in zip(tasks, fed.pool.evaluate(tasks), strict=True):
@@ -91,7 +88,7 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
         found = clients.setdefault(task.subject, {}) if task.subject else server
         found[task.stage] = found[task.stage] + result if task.stage in found else result
     scores = _scores([result for task, result in server.items() if task in met])
-    each = [functools.reduce(operator.add, results.values()) for results in clients.values()]
+    each = [functools.reduce(operator.add, own.values()) for own in clients.values()]
     return Evaluation(scores, _spread(each), TaskScores(count, server, clients))
 
 

@@ -270,8 +270,11 @@ class ContinualConfig(Section):
         description="how the frozen tasks become one model: sum, mean, ties, dare, orthogonal or lines; with options as"
         " {lines: {alpha: 0.5}}",
     )
-    isolated: bool = Field(
-        False, description="every task trains an adapter and a head of its own; its rows are scored with them"
+    isolated: bool = Field(False, description="every task trains an adapter and a head of its own, from the bare base")
+    routing: Literal["key", "prototype"] = Field(
+        "key",
+        description="isolated: a row is scored with the adapter of its own task (key), or of the one whose mean feature"
+        " under the bare base is nearest (prototype)",
     )
     replay: ReplayConfig | None = Field(None, description="a buffer on every client; {} for the defaults")
     joint: bool = Field(False, description="the upper bound: everybody trains on the rows of all tasks all the time")
@@ -290,6 +293,8 @@ class ContinualConfig(Section):
                 raise ValueError("joint knows no boundaries; set freeze: never")
         if self.isolated:
             self._check_isolated()
+        elif self.routing != "key":
+            raise ValueError("routing chooses among adapters of isolated tasks; set isolated: true, or leave it out")
         if odd := [task.name for task in self.tasks if task.prefix and task.data is None]:
             raise ValueError(f"prefix tells the labels of datasets apart, and task {odd[0]} has no data of its own")
         names = [task.name for task in self.tasks]
