@@ -22,7 +22,7 @@ import fedlora.continual.orthogonal  # noqa: F401 - these register their local m
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
-from fedlora.adapter.directory import scale
+from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.ledger import frozen
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
@@ -44,7 +44,7 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
-from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, check_length, load_base
+from fedlora.training.model import AdaptedModel, Base, check_length, load_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +226,7 @@ class ClientRuntime:
             if not task.subject:
                 raise
             return EvalResult(task.subject, 0.0, 0, 0, 0, error=str(error))  # costs this client's score only
-        rows = range(task.shard, len(examples), task.num_shards)
+        rows = list(range(task.shard, len(examples), task.num_shards))
         if task.prototypes:
             places = nearest(self._features_of(kind, task, model), task.prototypes)
             rows = [row for row in rows if places[row] == task.route]
@@ -365,46 +365,6 @@ def with_personal(received: AdapterState, kept: Mapping[str, Tensor], keep: froz
 
 def _needs_private(plan: TrainPlan) -> bool:
     return bool(plan.keep) or MethodStack(plan.methods).keeps
-
-
-def task_of(config: RunConfig, corpus: Corpus) -> str:
-    """The model's task: as configured, else what the form of the rows asks for.
-
-    Raises:
-        DataError: if the configured task cannot be trained on such rows.
-    """
-    natural = "sequence-classification" if corpus.form == "classification" else "causal-lm"
-    if config.model.task not in ("auto", natural):
-        raise DataError(f"model.task is {config.model.task}, but the rows are {corpus.form}, which is for {natural}")
-    return natural
-
-
-def base_spec(config: RunConfig, task: str, labels: tuple[str, ...]) -> BaseSpec:
-    """The base model of a run."""
-    model = config.model
-    return BaseSpec(
-        name=model.name,
-        task=task,
-        labels=labels,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        revision=model.revision,
-        device=model.device,
-        seed=config.seed,
-    )
-
-
-def adapter_spec(config: RunConfig) -> AdapterSpec:
-    """Where a run's adapters go."""
-    lora = config.lora
-    targets = lora.target_modules
-    return AdapterSpec(
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        scaling=scale(lora.lora_alpha, lora.r, lora.use_rslora),
-        lora_dropout=lora.lora_dropout,
-        use_dora=lora.use_dora,
-        modules_to_save=tuple(lora.modules_to_save) if lora.modules_to_save else None,
-    )
 
 
 def _pretend(model: Any, examples: Sequence[Example], options: TrainingConfig, pad_token_id: int) -> LocalResult:

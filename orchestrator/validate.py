@@ -9,7 +9,7 @@ import torch
 
 from clients.attacks import build, mount
 from clients.ranks import assign_ranks
-from clients.runtime import adapter_spec, base_spec, task_of
+from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.initial import check_rank
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks

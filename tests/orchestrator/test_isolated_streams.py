@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from clients.runtime import ClientRuntime
 from fedlora.adapter.directory import load_directory
 from fedlora.adapter.wire import encode_adapter
 from fedlora.config import RunConfig
@@ -56,8 +57,11 @@ def test_every_task_begins_on_the_bare_base_with_a_fresh_pair_and_head(toy: Toy,
     assert play_round(fed, state).adapter.dense.keys() == state.adapter.dense.keys()
 
 
+BOTH = frozenset({0, 1})
+
+
 def everything() -> list[EvalTask]:
-    return [EvalTask("", b"", stage=task, met=frozenset({0, 1})) for task in (0, 1)]
+    return [EvalTask("", b"", stage=task, met=BOTH) for task in (0, 1)]
 
 
 def test_a_finished_task_is_scored_with_the_adapter_it_ended_with(toy: Toy) -> None:
@@ -105,9 +109,42 @@ def test_every_task_leaves_a_peft_folder_and_the_adapter_itself_is_the_last_one(
     assert export(open_run(Path(config.output_dir)), tmp_path / "peft", merge=False) < 1e-4
 
 
+def test_a_row_can_find_its_adapter_by_the_nearest_prototype(toy: Toy) -> None:
+    config = isolated(toy, continual={"routing": "prototype", "loss_labels": "met"})
+    summary, state = played(config)
+    assert state.stream is not None
+    runtime = ClientRuntime(config)
+    bare = encode_adapter(state.adapter)  # features do not depend on it
+    sums, counts = {0: torch.tensor(0.0), 1: torch.tensor(0.0)}, {0: 0, 1: 0}
+    for client in runtime.members():
+        for task in (0, 1):
+            if client.stages[task][0]:
+                found = runtime.evaluate(EvalTask(client.id, bare, stage=task, features=True))
+                sums[task] = sums[task] + torch.tensor(found.features, dtype=torch.float64)
+                counts[task] += found.num_examples
+                assert found.num_examples == client.stages[task][0]
+    prototypes = tuple(tuple((sums[task] / counts[task]).tolist()) for task in (0, 1))
+    for task, prototype in enumerate(prototypes):
+        assert state.stream.prototypes[task] == pytest.approx(prototype, rel=1e-9, abs=1e-12)
+
+    payloads = [state.ledger.of_kind("task")[0].payload, encode_adapter(state.adapter)]
+    totals = []
+    for task in (0, 1):
+        parts = [
+            runtime.evaluate(EvalTask("", payload, 0, 1, (), stage=task, met=BOTH, prototypes=prototypes, route=route))
+            for route, payload in enumerate(payloads)
+        ]
+        total = parts[0] + parts[1]
+        assert total.num_examples == len(runtime.stream.tasks[task].test)  # every row once
+        totals.append(total)
+    assert [total.accuracy for total in totals] == summary["stream"]["rows"][-1]
+    assert (totals[0] + totals[1]).loss == pytest.approx(summary["final"]["loss"], abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"continual": {"isolated": False, "routing": "prototype"}}, "set isolated: true"),
         ({"continual": {"replay": {}, "loss_labels": "met"}}, "leave replay out"),
         ({"continual": {"order": "shuffled", "stagger": 1}}, "leave order, stagger out"),
         ({"continual": {"blur": 0.2}}, "leave blur out"),

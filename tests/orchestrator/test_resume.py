@@ -159,7 +159,10 @@ def test_kill_9_around_a_freeze_then_resume_gives_the_same_bytes(
 
 # Tasks that are merged before the scores, also at the end of the run, and tasks that are kept apart -----------------
 
-AFTER_A_FREEZE: dict[str, Any] = {"merged": {"merge": {"dare": {"p": 0.3}}}, "isolated": {"isolated": True}}
+AFTER_A_FREEZE: dict[str, Any] = {
+    "merged": {"merge": {"dare": {"p": 0.3}}},
+    "isolated": {"isolated": True, "routing": "prototype"},
+}
 KILLED = [("merged", "round.frozen:2"), ("merged", "commit.ledger:4"), ("isolated", "commit.ledger:2")]
 KILLED_TOO = [("merged", "round.evaluated:2"), ("merged", "round.frozen:4"), ("isolated", "round.evaluated:4")]
 
