@@ -24,7 +24,7 @@ import fedlora.continual.subspace  # noqa: F401 - these register their local met
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
 from clients.ranks import assign_ranks
-from fedlora.adapter.directory import scale
+from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.ledger import frozen
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
@@ -43,9 +43,10 @@ from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPl
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import steps_of
 from fedlora.training.evaluate import evaluate
+from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
-from fedlora.training.model import AdaptedModel, AdapterSpec, Base, BaseSpec, check_length, load_base
+from fedlora.training.model import AdaptedModel, Base, check_length, load_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class ClientRuntime:
         self.base_loads = 0
         self._adapted: AdaptedModel | None = None
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
+        self._features: dict[tuple[str, str, int | None], Tensor] = {}
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
         self._shared: dict[tuple[int, str, str], Learned] = {}  # honest deltas of colluders, of one round
         self._private = PrivateState(Path(config.output_dir).absolute() / "private", config.keep_checkpoints)
@@ -218,20 +220,41 @@ class ClientRuntime:
         adapted.patch_base(task.ledger, state.frozen)
         insert(model, name, state)
         try:
-            examples = self._examples("heldout" if task.subject else "test", task.subject, task.stage).examples
+            if task.features:
+                return self._measured(task, model)
+            kind = "heldout" if task.subject else "test"
+            examples = self._examples(kind, task.subject, task.stage).examples
         except DataError as error:
             if not task.subject:
                 raise
             return EvalResult(task.subject, 0.0, 0, 0, 0, error=str(error))  # costs this client's score only
+        rows = list(range(task.shard, len(examples), task.num_shards))
+        if task.prototypes:
+            places = nearest(self._features_of(kind, task, model), task.prototypes)
+            rows = [row for row in rows if places[row] == task.route]
         return evaluate(
             model,
-            examples[task.shard :: task.num_shards],
+            [examples[row] for row in rows],
             self._config.training.per_device_eval_batch_size,
             adapted.base.tokenizer.pad_token_id,
             adapted.base.device,
             task.subject,
             self._scored_among(task),
         )
+
+    def _measured(self, task: EvalTask, model: Any) -> EvalResult:
+        """The sum of the features of a client's training rows."""
+        found = self._features_of("train", task, model).double()
+        return EvalResult(task.subject, 0.0, 0, 0, len(found), features=tuple(found.sum(dim=0).tolist()))
+
+    def _features_of(self, kind: str, task: EvalTask, model: Any) -> Tensor:
+        """Of rows as the bare base sees them [rows, hidden]; made once, since nothing is ever put into it."""
+        key = kind, task.subject, task.stage
+        if key not in self._features:
+            base, size = self._model().base, self._config.training.per_device_eval_batch_size
+            examples = self._examples(*key).examples
+            self._features[key] = features(model, examples, size, base.tokenizer.pad_token_id, base.device)
+        return self._features[key]
 
     def stats(self) -> WorkerStats:
         """What this process has used so far."""
@@ -344,47 +367,6 @@ def with_personal(received: AdapterState, kept: Mapping[str, Tensor], keep: froz
 
 def _needs_private(plan: TrainPlan) -> bool:
     return bool(plan.keep) or MethodStack(plan.methods).keeps
-
-
-def task_of(config: RunConfig, corpus: Corpus) -> str:
-    """The model's task: as configured, else what the form of the rows asks for.
-
-    Raises:
-        DataError: if the configured task cannot be trained on such rows.
-    """
-    natural = "sequence-classification" if corpus.form == "classification" else "causal-lm"
-    if config.model.task not in ("auto", natural):
-        raise DataError(f"model.task is {config.model.task}, but the rows are {corpus.form}, which is for {natural}")
-    return natural
-
-
-def base_spec(config: RunConfig, task: str, labels: tuple[str, ...]) -> BaseSpec:
-    """The base model of a run."""
-    model = config.model
-    return BaseSpec(
-        name=model.name,
-        task=task,
-        labels=labels,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        revision=model.revision,
-        device=model.device,
-        seed=config.seed,
-        head=model.head,
-    )
-
-
-def adapter_spec(config: RunConfig) -> AdapterSpec:
-    """Where a run's adapters go."""
-    lora = config.lora
-    targets = lora.target_modules
-    return AdapterSpec(
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        scaling=scale(lora.lora_alpha, lora.r, lora.use_rslora),
-        lora_dropout=lora.lora_dropout,
-        use_dora=lora.use_dora,
-        modules_to_save=tuple(lora.modules_to_save) if lora.modules_to_save else None,
-    )
 
 
 def _pretend(model: Any, examples: Sequence[Example], options: TrainingConfig, pad_token_id: int) -> LocalResult:

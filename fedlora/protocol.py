@@ -193,6 +193,8 @@ class EvalTask:
         accepted: round of the client's last update that counted.
         stage: the task of the stream whose rows are scored; None for all.
         met: tasks that have been met so far; their labels compete where the stream is class-incremental.
+        prototypes, route: only rows whose features are nearest to the prototype at this place; all without prototypes.
+        features: asks for the sum of the features of the client's training rows in the place of a score.
     """
 
     subject: str
@@ -204,6 +206,9 @@ class EvalTask:
     accepted: int = 0
     stage: int | None = None
     met: frozenset[int] = frozenset()
+    prototypes: tuple[tuple[float, ...], ...] = ()
+    route: int = 0
+    features: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,7 @@ class EvalResult:
         num_targets: labels scored: rows for a classifier, answer tokens for a language model.
         num_correct: rows right: the label, or every answer token under greedy decoding.
         num_examples: rows.
+        features: summed over rows, where they were asked for; not part of what adds up.
     """
 
     subject: str
@@ -223,6 +229,7 @@ class EvalResult:
     num_correct: int
     num_examples: int
     error: str | None = None
+    features: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:

@@ -44,7 +44,7 @@ class Registry(Generic[T]):
 
         return add
 
-    def create(self, name: str, **options: object) -> T:
+    def create(self, name: str, /, **options: object) -> T:
         """Return a new object.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from clients.runtime import adapter_spec, base_spec
+from clients.specs import adapter_spec, base_spec
 from fedlora.adapter.peft import insert
 from fedlora.adapter.rank import pad
 from fedlora.config import RunConfig

@@ -13,6 +13,7 @@ from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import RoundContext, Strategy
 from fedlora.config import ScheduleConfig, TrainingConfig
 from fedlora.continual.course import Course
+from fedlora.continual.merging import Merging
 from fedlora.continual.plateau import Policy
 from fedlora.protocol import ClientInfo, ClientPool, Reply, TrainTask
 from fedlora.seeds import derive_seed
@@ -41,6 +42,9 @@ class Federation:
         emit: called with an event's name and fields.
         course: of a stream of tasks; None without one.
         freezer: says when the adapter goes into the base; None without a stream.
+        merging: how what was frozen becomes one model; None for the plain sum.
+        isolated: every task of a stream has an adapter of its own, and the base stays bare.
+        prototypes: rows find the adapter they are scored with by features; else by the task they belong to.
         init: how a fresh A is drawn.
         out: round of the task each client has from this process and has not answered.
     """
@@ -65,6 +69,9 @@ class Federation:
     fleet: Fleet | None = None
     course: Course | None = None
     freezer: Policy | None = None
+    merging: Merging | None = None
+    isolated: bool = False
+    prototypes: bool = False
     init: str = "kaiming"
     out: dict[str, int] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.continual.course import Course
+from fedlora.continual.merging import build_merging
 from fedlora.continual.plateau import build_policy
 from fedlora.errors import RunFolderError
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
@@ -44,6 +45,9 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     check_stream(strategy, members)
     check_head(strategy, base.dense)
     check_rank(base.sites, rank)
+    merging = build_merging(config.continual.merge) if config.continual else None
+    if merging:
+        merging.check(base.sites)
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:
         emit("attackers", {"attack": assault.name, "clients": list(assault.group)})
@@ -72,6 +76,9 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
         course=Course.of(config.continual, config.seed) if config.continual else None,
         freezer=build_policy(config.continual.freeze) if config.continual else None,
+        merging=merging,
+        isolated=bool(config.continual and config.continual.isolated),
+        prototypes=bool(config.continual and config.continual.routing == "prototype"),
         init=init,
     )
     if fed.fleet:

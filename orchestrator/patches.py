@@ -1,4 +1,4 @@
-"""The run's side of the base ledger: appending, recompressing, and what catching up costs."""
+"""The run's side of the base ledger: appending, recompressing, merging, and what catching up costs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.adapter.ledger import BaseLedger
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.base import Aggregate
+from fedlora.continual.merging import Merging
 from fedlora.protocol import ClientInfo
 from fedlora.seeds import derive_seed
 from orchestrator.federation import Federation
@@ -55,7 +57,8 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
     """The state with its adapter in the base, as a product, and a fresh pair in its place: the function is the same.
 
     Adding factors instead would add cross terms. What is trained in full stays; whatever is out was trained beside
-    the old pair and is given up.
+    the old pair and is given up. Under a rule that merges tasks otherwise than by their sum the function changes.
+    Isolated tasks leave the base bare, and begin with fresh tensors in full too.
 
     Args:
         why: the policy's evidence.
@@ -64,17 +67,13 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
     assert fed.course is not None
     number = state.round
     provenance = {"round": number, "strategy": fed.strategy.name, "task": fed.course.at(number), "why": dict(why)}
-    whole = {path: update for path, update in state.adapter.whole().modules.items() if update.B.any()}
-    ledger, folded = state.ledger, dict[str, float]()
-    if whole:
-        ledger, folded = _append(fed, state, whole, "merge", provenance, state.adapter.dense)
+    ledger, folded = _with_adapter(fed, state, provenance)
     fed.abandon(state.flights)
     fed.emit("frozen", {"round": number, "id": ledger.head, "evidence": dict(why), **folded})
     freezes = (*state.stream.freezes, number)
     fresh = fed.fresh_pair(len(freezes))
-    started = fed.strategy.start(
-        AdapterState(fresh.modules, state.adapter.dense), derive_seed(fed.seed, number, "", "start")
-    )
+    dense = fresh.dense if fed.isolated else state.adapter.dense
+    started = fed.strategy.start(AdapterState(fresh.modules, dense), derive_seed(fed.seed, number, "", "start"))
     return replace(
         state,
         adapter=started,
@@ -85,6 +84,48 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
         payloads={},
         stream=replace(state.stream, freezes=freezes),
     )
+
+
+def _with_adapter(
+    fed: Federation, state: RunState, provenance: Mapping[str, Any]
+) -> tuple[BaseLedger, dict[str, float]]:
+    """The ledger with the active adapter in it, and numbers for the log."""
+    whole, dense = state.adapter.whole().modules, state.adapter.dense
+    if fed.isolated:
+        return state.ledger.append(whole, "task", provenance, dense=dense), {}
+    learned = {path: update for path, update in whole.items() if update.B.any()}
+    if not learned:
+        return state.ledger, {}
+    if fed.merging is None:
+        return _append(fed, state, learned, "merge", provenance, dense)
+    return _merged(fed, fed.merging, state.ledger.append(learned, "merge", provenance, dense=dense))
+
+
+def _merged(fed: Federation, merging: Merging, ledger: BaseLedger) -> tuple[BaseLedger, dict[str, float]]:
+    """The ledger with one more entry that holds every merge since the start as a rule combines them.
+
+    A module that a task has not changed counts as a change of zero.
+    """
+    entries = ledger.of_kind("merge")
+    number = entries[-1].provenance["round"]
+    tasks = [_over(fed.fresh.modules, entry.modules()) for entry in entries]
+    # as many components as the tasks have together hold a sum of them without loss
+    rank = fed.ledger_rank or sum(max(entry.ranks.values()) for entry in entries)
+    # one seed for all freezes: what a rule that draws takes from a task stays the same
+    modules, error = merging.merge(tasks, rank, derive_seed(fed.seed, 0, "", "merge"))
+    facts = {"round": number, "rule": merging.rule, "max_rank": rank, "relative_error": error}
+    combined = [entry.id for entry in entries]
+    ledger = ledger.replaced(modules, "merged", {**facts, "options": dict(merging.options), "combines": combined})
+    fed.emit("tasks_merged", {**facts, "id": ledger.head, "tasks": len(combined)})
+    return ledger, {"ledger_rank": ledger.rank(), "ledger_error": error}
+
+
+def _over(sites: Mapping[str, LowRank], modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """One update per site, zero where there is none."""
+    return {
+        path: modules.get(path) or LowRank(torch.zeros(site.shape[0], 1), torch.zeros(1, site.shape[1]))
+        for path, site in sites.items()
+    }
 
 
 def catch_up_bytes(state: RunState, clients: Iterable[str]) -> int:

@@ -39,12 +39,14 @@ class Progress:
         clients: the same on each client's held-out rows; a client appears with the first task it could be scored on.
         freezes: rounds after which the adapter went into the base; the ledger has the evidence.
         policy: the state of what decides that.
+        prototypes: task -> mean feature of its rows under the bare base; empty unless rows are routed by it.
     """
 
     scores: Scores = field(default_factory=Scores)
     clients: Mapping[str, Scores] = field(default_factory=dict)
     freezes: tuple[int, ...] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
+    prototypes: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def begun(self, tasks: TaskScores) -> Progress:
         """With the scores before the first task."""
@@ -62,11 +64,13 @@ class Progress:
     def note(self) -> dict[str, Any]:
         """Plain JSON data."""
         clients = {client: scores.to_json() for client, scores in self.clients.items()}
-        rest = {"freezes": list(self.freezes), "policy": dict(self.policy)}
+        prototypes = {str(task): list(mean) for task, mean in self.prototypes.items()}
+        rest = {"freezes": list(self.freezes), "policy": dict(self.policy), "prototypes": prototypes}
         return {"scores": self.scores.to_json(), "clients": clients, **rest}
 
     @staticmethod
     def of(note: Mapping[str, Any]) -> Progress:
         """Inverse of ``note``. Raises KeyError or TypeError for anything else."""
         clients = {client: Scores.from_json(scores) for client, scores in note["clients"].items()}
-        return Progress(Scores.from_json(note["scores"]), clients, tuple(note["freezes"]), note["policy"])
+        prototypes = {int(task): tuple(mean) for task, mean in note["prototypes"].items()}
+        return Progress(Scores.from_json(note["scores"]), clients, tuple(note["freezes"]), note["policy"], prototypes)

@@ -46,6 +46,8 @@ def finish(
 ) -> dict[str, Any]:
     """Write the adapter, the summary and the report; returns the summary."""
     weights = export_adapter(state, config, base.task, folder / "adapter")
+    if fed.course and fed.isolated:
+        export_tasks(state, fed.course, config, base.task, folder / "adapter")
     reach("finish.exported", state.round)
     stats = fed.pool.stats()
     summary = {
@@ -102,16 +104,24 @@ def export_adapter(state: RunState, config: RunConfig, task: str, target: Path) 
     Returns:
         Its weights file.
     """
-    lora = config.lora
+    return _save(whole_adapter(state), config, task, target)
+
+
+def export_tasks(state: RunState, course: Course, config: RunConfig, task: str, target: Path) -> None:
+    """Write the adapter of every isolated task as a PEFT directory of its own, ``target/<task>``.
+
+    The last task is the active adapter.
+    """
+    for entry in state.ledger.of_kind("task"):
+        _save(entry.adapter(), config, task, target / course.names[entry.provenance["task"]])
+    _save(whole_adapter(state), config, task, target / course.names[-1])
+
+
+def _save(adapter: AdapterState, config: RunConfig, task: str, target: Path) -> Path:
+    """Returns the weights file."""
+    lora, base = config.lora, resolve(config.model.name)
     with writing(target):
-        save_directory(
-            whole_adapter(state),
-            target,
-            resolve(config.model.name),
-            TASK_TYPES[task],
-            lora.lora_alpha,
-            lora.use_rslora,
-        )
+        save_directory(adapter, target, base, TASK_TYPES[task], lora.lora_alpha, lora.use_rslora)
         if config.model.head == "cosine":
             (target / "README.md").write_text(COSINE_README, encoding="utf-8")
     return target / "adapter_model.safetensors"
@@ -126,7 +136,9 @@ def whole_adapter(state: RunState) -> AdapterState:
     patches = state.ledger.total()
 
     def one(path: str, update: LowRank) -> LowRank:
-        total = stack([{path: update}, {path: patches[path]}])[path] if path in patches else update
+        total = update
+        if path in patches:  # a fresh pair beside them adds nothing
+            total = stack([{path: update}, {path: patches[path]}])[path] if update.B.any() else patches[path]
         return total if total.rank <= min(total.shape) else truncate(total, min(total.shape))
 
     return AdapterState({path: one(path, update) for path, update in adapter.modules.items()}, adapter.dense)

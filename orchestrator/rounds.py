@@ -20,11 +20,12 @@ from orchestrator.flights import Flight
 from orchestrator.inbox import Inbox, Used, describe
 from orchestrator.outbox import Outbox
 from orchestrator.patches import patch_base
+from orchestrator.routing import with_prototype
 from orchestrator.schedule import in_order, play, wanted
 from orchestrator.scoring import better, evaluate_global
 from orchestrator.selection import Record
 from orchestrator.state import RunState
-from orchestrator.streams import advance
+from orchestrator.streams import advance, decide, merge_tasks
 
 MAX_EMPTY_ROUNDS = 3  # in a row; one bad client may cost a round, but a run nobody answers must end
 
@@ -54,9 +55,8 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         reason = problem or lost[0]
         raise RoundError(f"{empty} rounds in a row brought no usable update; in round {number}, {reason}")
     ledger, folded = patch_base(fed, state, aggregate, [u.update.client for u in used], number)
-    clock.lap("aggregate")
-    reach("round.aggregated", number)
     accepted = {**state.accepted, **{u.flight.client: u.flight.round for u in used}}
+    flights = in_order(closing.flights)
     moved = replace(
         state,
         round=number,
@@ -64,14 +64,20 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         strategy=aggregate.state,
         ledger=ledger,
         accepted=dict(sorted(accepted.items())),
+        flights=flights,
+        payloads=outbox.payloads(flights),
     )
+    decision = decide(fed, moved, used)
+    moved = merge_tasks(fed, moved, decision)
+    clock.lap("aggregate")
+    reach("round.aggregated", number)
+    moved = with_prototype(fed, moved)
     due = number % fed.evaluate_every == 0 or number == fed.rounds or fed.task_ends(number)
     found = evaluate_global(fed, moved) if due else None
     scores = found.scores if found else None
     clock.lap("evaluate")
     reach("round.evaluated", number)
 
-    flights = in_order(closing.flights)
     asked = [flight.client for flight in outbox.given]
     row = {
         "round": number,
@@ -101,11 +107,9 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         # whoever was sent the round's start has every patch up to there; those of this round come next time
         caught_up={**state.caught_up, **dict.fromkeys(asked, state.ledger.head)} if state.ledger.entries else {},
         records=_records(state, outbox.given, used, inbox),
-        flights=flights,
-        payloads=outbox.payloads(flights),
         clock_s=closing.clock_s,
     )
-    return advance(fed, played, used, found)
+    return advance(fed, played, decision, found)
 
 
 def _aggregate(

@@ -14,6 +14,7 @@ from fedlora.errors import RoundError
 from fedlora.protocol import EvalResult, EvalTask
 from orchestrator.federation import Federation
 from orchestrator.progress import TaskScores
+from orchestrator.routing import routed
 from orchestrator.state import RunState
 
 
@@ -74,6 +75,7 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
             for task in sorted(met)
             if client.stages[task][1]
         ]
+    tasks = routed(fed, state, tasks)
     server: dict[int, EvalResult] = {}
     clients: dict[str, dict[int, EvalResult]] = {}
     for task, result in zip(tasks, fed.pool.evaluate(tasks), strict=True):

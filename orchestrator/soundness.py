@@ -8,7 +8,8 @@ from clients.attacks import build
 from fedlora.aggregation import Strategy, compose
 from fedlora.aggregation.prototypes import Prototypes
 from fedlora.aggregation.wrapper import Wrapper, described
-from fedlora.config import RunConfig
+from fedlora.config import ContinualConfig, RunConfig
+from fedlora.continual.merging import build_merging
 from fedlora.continual.plateau import Never, build_policy
 from fedlora.errors import ConfigError, nearest
 from fedlora.plugins import load_plugins
@@ -23,6 +24,7 @@ def check_names(config: RunConfig) -> None:
     build_selector(config.clients.selection)
     if config.continual:
         build_policy(config.continual.freeze)
+        build_merging(config.continual.merge)
     if config.attack:
         build(config.attack)
 
@@ -41,16 +43,11 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             f"strategy: {name} keeps parts on the clients, so only they can score their models;"
             " set data.client_holdout above 0"
         )
-    freezes = config.continual is not None and not isinstance(build_policy(config.continual.freeze), Never)
+    freezes = _check_continual(strategy, config.continual, config.lora.use_dora) if config.continual else False
     if traits.protects and not freezes:
         raise ConfigError(
             f"strategy: {name} protects what a stream has frozen, and nothing is frozen here; give the run a continual:"
             " section with continual.freeze, or leave the wrapper out"
-        )
-    if config.continual and traits.personal:
-        raise ConfigError(
-            f"strategy: {name} keeps parts on the clients, and the tasks of a stream are scored for one global model;"
-            " use a strategy without personal parts"
         )
     if traits.head_only and config.lora.use_dora:
         raise ConfigError(
@@ -97,6 +94,42 @@ def check_head(strategy: Strategy, dense: Mapping[str, Tensor]) -> None:
     for layer in strategy.layers() if isinstance(strategy, Wrapper) else []:
         if isinstance(layer, Prototypes):
             layer.place(dense)
+
+
+def _check_continual(strategy: Strategy, settings: ContinualConfig, use_dora: bool) -> bool:
+    """Whether a stream's tasks go into the base; raises where it cannot be played like this."""
+    name, traits = described(strategy), strategy.traits
+    if traits.personal:
+        raise ConfigError(
+            f"strategy: {name} keeps parts on the clients, and the tasks of a stream are scored for one global model;"
+            " use a strategy without personal parts"
+        )
+    never = isinstance(build_policy(settings.freeze), Never)
+    if build_merging(settings.merge):
+        if never:
+            raise ConfigError("continual.merge combines what is frozen, and continual.freeze is never; use boundaries")
+        if traits.patches_base:
+            raise ConfigError(
+                f"continual.merge combines whole tasks, and {name} patches the base in every round; use flexlora,"
+                " zero_pad or fedit, or merge: sum"
+            )
+        if use_dora:
+            raise ConfigError(
+                "continual.merge changes the updates of the tasks, and the magnitudes of DoRA were trained for those as"
+                " they were; set lora.use_dora: false, or merge: sum"
+            )
+    if settings.isolated:
+        if traits.patches_base:
+            raise ConfigError(
+                f"continual.isolated starts every task from the bare base, and {name} patches it in every round; use"
+                " flexlora, zero_pad or fedit"
+            )
+        if traits.protects:
+            raise ConfigError(
+                f"strategy: {name} protects earlier tasks, and with continual.isolated no later one touches them; leave"
+                " that wrapper out"
+            )
+    return not never and not settings.isolated
 
 
 def check_stream(strategy: Strategy, members: Sequence[ClientInfo]) -> None:

@@ -9,11 +9,12 @@ import torch
 
 from clients.attacks import build, mount
 from clients.ranks import assign_ranks
-from clients.runtime import adapter_spec, base_spec, task_of
+from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.initial import check_rank
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
+from fedlora.continual.merging import build_merging
 from fedlora.continual.plateau import build_policy
 from fedlora.continual.stream import Stream, open_stream
 from fedlora.errors import FedLoRAError
@@ -76,6 +77,7 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         build_selector(config.clients.selection)
         if config.continual:
             build_policy(config.continual.freeze)
+            build_merging(config.continual.merge)
     except FedLoRAError as error:
         problems.append(error)
     try:
@@ -118,6 +120,9 @@ def _model_facts(
     model = outline(spec)
     sites = find_sites(model, adapter_spec(config).target_modules)
     check_rank(sites, config.lora.r)
+    merging = build_merging(config.continual.merge) if config.continual else None
+    if merging:
+        merging.check(sites)
     check_length(model, config.data.max_length)
     saved = find_saved(model, config.lora.modules_to_save, spec.task)
     dense = {name: p for name, p in model.named_parameters() if set(name.split(".")) & set(saved)}

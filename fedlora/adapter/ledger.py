@@ -2,8 +2,8 @@
 
 One mechanism for residuals and restarts of an aggregation rule, for freezing finished tasks, and for
 taking either out again. The checkpoint of the base itself is never rewritten: what a model computes is
-the base plus every entry in ``active``. Entries are added, never edited; a compaction is an entry that
-stands in for all before it and says what that cost.
+the base plus every entry in ``active``. Entries are added, never edited; an entry may stand in for all
+before it, and says what that cost.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Entry:
     Attributes:
         index: 1-based place in the ledger.
         parent: id of the entry before, or ``""``.
-        kind: ``patch``, ``merge`` or ``compaction``.
-        payload: wire bytes of the modules; of a merge also of what was trained in full beside them, as it was then.
-        replaces: a compaction stands in for this many entries before it.
+        kind: ``patch`` of a round; ``merge``, what one freeze put in; ``compaction`` of all before it to a lower rank;
+            ``merged``, several merges combined by a rule; ``task``, an adapter that is kept and is no part of the base.
+        payload: wire bytes of the modules; but for a patch also of what was trained in full beside them, as it was
+            then.
+        replaces: this many entries before it, all of them or none, are stood in for.
         provenance: round, contributors with their ranks, strategy; plain JSON data.
     """
 
@@ -73,7 +75,11 @@ class Entry:
 
     def modules(self) -> Mapping[str, LowRank]:
         """What is added to the base, by module path."""
-        return decode_adapter(self.payload).modules
+        return self.adapter().modules
+
+    def adapter(self) -> AdapterState:
+        """The modules, and what was trained in full beside them."""
+        return decode_adapter(self.payload)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +95,13 @@ class BaseLedger:
 
     @property
     def active(self) -> tuple[Entry, ...]:
-        """The entries that make up the base now: those that no compaction stands in for."""
-        for place in range(len(self.entries) - 1, -1, -1):
-            if self.entries[place].replaces:
-                return self.entries[place:]
-        return self.entries
+        """The entries that make up the base now: those that no later one stands in for, tasks left out."""
+        first = max((place for place, entry in enumerate(self.entries) if entry.replaces), default=0)
+        return tuple(entry for entry in self.entries[first:] if entry.kind != "task")
+
+    def of_kind(self, kind: str) -> tuple[Entry, ...]:
+        """All entries of a kind since the start, in order, whatever stands in for them now."""
+        return tuple(entry for entry in self.entries if entry.kind == kind)
 
     def append(
         self,
@@ -108,15 +116,19 @@ class BaseLedger:
         entry = Entry(len(self.entries) + 1, self.head, kind, payload, replaces, provenance)
         return BaseLedger((*self.entries, entry))
 
+    def replaced(self, modules: Mapping[str, LowRank], kind: str, provenance: Mapping[str, Any]) -> BaseLedger:
+        """One more entry that stands in for all before it; what was trained in full is as the last of them has it."""
+        dense = frozen(self.patches()).dense
+        return self.append(modules, kind, provenance, replaces=len(self.entries), dense=dense)
+
     def patches(self) -> tuple[Patch, ...]:
         """The active entries as they travel."""
         return tuple(Patch(entry.id, entry.payload) for entry in self.active)
 
     def missing(self, head: str) -> tuple[Patch, ...]:
-        """What somebody who stopped at ``head`` lacks. After a compaction that is the compaction and what follows."""
-        active = self.patches()
-        ids = [patch.id for patch in active]
-        return active[ids.index(head) + 1 :] if head in ids else active
+        """What somebody who stopped at ``head`` lacks; where an entry stands in for others, it and what follows."""
+        have = next((entry.index for entry in reversed(self.entries) if entry.id == head), 0)
+        return tuple(Patch(entry.id, entry.payload) for entry in self.active if entry.index > have)
 
     def total(self) -> Mapping[str, LowRank]:
         """The whole change of the base as one stack per module; empty where nothing was patched."""
@@ -144,8 +156,7 @@ class BaseLedger:
         }
         error = distance(AdapterState(total), AdapterState(kept))
         note = {**provenance, "max_rank": max_rank, "relative_error": error}
-        dense = frozen(self.patches()).dense
-        return self.append(kept, "compaction", note, replaces=len(self.entries), dense=dense), error
+        return self.replaced(kept, "compaction", note), error
 
 
 def frozen(patches: Sequence[Patch]) -> AdapterState:

@@ -363,11 +363,12 @@ def _traffic(strategy: Strategy) -> None:
                 came = sum(tensor.numel() for tensor in tensors)
                 if came != expected:
                     raise LawBroken(f"{told}: {formula} is declared as {text} = {expected} numbers, came {came}")
-            beside = [name for name in extras if _beside_dense(name)]
-            if bool(beside) != formulas.dense_extras:
+            about = sum(tensor.numel() for tensor in handed.dense.values()) if formulas.dense_extras else 0
+            came = sum(tensor.numel() for name, tensor in extras.items() if _beside_dense(name))
+            if not about <= came <= 2 * about:
                 raise LawBroken(
-                    f"{told}: traffic.dense_extras is {formulas.dense_extras}, and beside dense tensors came"
-                    f" {', '.join(beside) or 'nothing'}"
+                    f"{told}: traffic.dense_extras is {formulas.dense_extras}, so those beside dense tensors should"
+                    f" come to about {about} numbers, came {came}"
                 )
         updates = trials.train(strategy, start, cohort)
         outcome = combine(strategy, updates, start.ctx, start.state)

@@ -9,15 +9,14 @@ from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
     AttackConfig,
     ClientsConfig,
-    ContinualConfig,
     DataConfig,
     Distribution,
     FleetConfig,
     PartitionConfig,
     ScheduleConfig,
-    StreamTaskConfig,
     TrainingConfig,
 )
+from fedlora.config.stream import ContinualConfig, StreamTaskConfig
 
 __all__ = [
     "AttackConfig",

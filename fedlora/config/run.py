@@ -13,7 +13,6 @@ from fedlora.config.sections import (
     AdmissionConfig,
     AttackConfig,
     ClientsConfig,
-    ContinualConfig,
     DataConfig,
     EvaluationConfig,
     FleetConfig,
@@ -26,6 +25,7 @@ from fedlora.config.sections import (
     StoreConfig,
     TrainingConfig,
 )
+from fedlora.config.stream import ContinualConfig
 
 AROUND = ("output_dir", "store")  # where results go and who looks on: they do not define the results
 

@@ -2,6 +2,8 @@
 
     merged, error = merge("orthogonal", [task.modules for task in tasks], rank=16)
 
+``build_merging`` is the same for a rule that a configuration names.
+
 A rule sees one module of all tasks at a time. Sums, means, projections and scalings work on stacks of factors. ``ties``
 and ``dare`` decide entry by entry, so they multiply that module out. What comes of it has full rank, and the error of
 bringing it back to a low one is rarely small.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +52,39 @@ class Site:
 
 MergeRule = Callable[[Site], LowRank | Tensor]  # a stack, or the merged update multiplied out in float32
 MERGE_RULES: Registry[MergeRule] = Registry("merge rule")
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A rule with its options."""
+
+    rule: str
+    options: Mapping[str, Any]
+
+    def merge(self, updates: Sequence[Mapping[str, LowRank]], rank: int, seed: int) -> tuple[dict[str, LowRank], float]:
+        """See ``merge``."""
+        return merge(self.rule, updates, rank, seed, **self.options)
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise ``ConfigError`` or ``AdapterError`` if the rule cannot be applied to modules of these names."""
+        nothing = LowRank(torch.zeros(1, 1), torch.zeros(1, 1))
+        self.merge([dict.fromkeys(paths, nothing)], rank=1, seed=0)
+
+
+def build_merging(choice: str | Mapping[str, Mapping[str, Any] | None]) -> Merging | None:
+    """The rule of a configuration: a name, or ``{name: {option: value}}``.
+
+    Returns:
+        None for the plain sum, which the base plus all patches is anyway.
+
+    Raises:
+        ConfigError: an unknown name, or options it does not take.
+    """
+    if not isinstance(choice, str) and len(choice) != 1:
+        raise ConfigError(f"continual.merge is one rule with its options, not {len(choice)}: {', '.join(choice)}")
+    name, options = (choice, None) if isinstance(choice, str) else next(iter(choice.items()))
+    MERGE_RULES.create(name, **(options or {}))
+    return None if name == "sum" else Merging(name, dict(options or {}))
 
 
 def merge(
@@ -144,6 +180,7 @@ def dare(p: float = 0.5, mean: bool = False) -> MergeRule:
     Source: DARE (Yu et al., 2024, arXiv 2311.03099).
     """
     _require(0 <= p < 1, "dare.p is a share from 0 to below 1", p)
+    _require(isinstance(mean, bool), "dare.mean is true or false", mean)
 
     def one(site: Site) -> Tensor:
         total = torch.zeros(site.shape, device=site.tasks[0].A.device)
@@ -194,6 +231,9 @@ def lines(
 
     Source: LiNeS (Wang et al., 2024, arXiv 2410.17146).
     """
+    for name, value in {"alpha": alpha, "beta": beta}.items():
+        _require(math.isfinite(value), f"lines.{name} is a number", value)
+    _require(layers is None or (type(layers) is int and layers > 0), "lines.layers is a whole number", layers)
     combine = MERGE_RULES.create(over, **options)
 
     def one(site: Site) -> LowRank | Tensor:

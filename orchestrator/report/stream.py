@@ -51,7 +51,7 @@ def _curves(looked: Sequence[tuple[int, Record]], frozen: Sequence[int]) -> str:
 
     ends = [f"{task} {percent(looked[-1][1].get(task))}" for task in tasks]
     alt = f"Score of every task by round; in round {x[-1]}: {', '.join(ends)}."
-    note = soft("Dotted: the adapter went into the base and a fresh one started.") if frozen else ""
+    note = soft("Dotted: the adapter was frozen and a fresh one started.") if frozen else ""
     return figure("Score of every task", legend(colours) + svg("tasks", alt, draw) + note)
 
 

@@ -72,6 +72,36 @@ def test_a_compaction_to_fewer_ranks_reports_the_error_of_the_best_approximation
     assert len(compacted.entries) == 4  # nothing is taken away
 
 
+def test_what_stands_in_for_others_is_the_base_from_then_on_and_they_stay_to_be_found() -> None:
+    head = {"head": torch.ones(2)}
+    first = BaseLedger().append(patch(1), "merge", {"task": 0}).append(patch(2), "merge", {"task": 1}, dense=head)
+    merged = first.replaced(patch(3), "merged", {"combines": [entry.id for entry in first.entries]})
+    assert [entry.kind for entry in merged.active] == ["merged"]
+    assert torch.allclose(dense(merged.total()), dense(patch(3)))
+    assert torch.equal(merged.entries[-1].adapter().dense["head"], head["head"])
+    assert [entry.id for entry in merged.of_kind("merge")] == merged.entries[-1].provenance["combines"]
+    later = merged.append(patch(4), "merge", {"task": 2})
+    for stopped in ("", first.entries[0].id, first.head):
+        assert [p.id for p in later.missing(stopped)] == [merged.head, later.head]
+    assert [p.id for p in later.missing(merged.head)] == [later.head]
+
+
+def test_the_adapter_of_a_task_is_kept_and_is_no_part_of_the_base() -> None:
+    one = ledger(1)
+    kept = one.append(patch(8), "task", {"task": 0}, dense={"head": torch.ones(2)})
+    assert (kept.active, kept.rank()) == (one.active, one.rank())
+    assert torch.equal(dense(kept.total()), dense(one.total()))
+    assert kept.missing(one.head) == ()
+    later = kept.append(patch(9), "patch", {})
+    assert [p.id for p in later.missing(kept.head)] == [later.head]  # whoever has the task has all before it
+    (entry,) = later.of_kind("task")
+    assert torch.equal(dense(entry.modules()), dense(patch(8)))
+    assert torch.equal(entry.adapter().dense["head"], torch.ones(2))
+    compacted, _ = later.compacted(5, {})
+    assert [entry.kind for entry in compacted.active] == ["compaction"]
+    assert torch.allclose(dense(compacted.total()), dense(one.total()) + dense(patch(9)), atol=1e-5)
+
+
 def test_equal_patches_with_another_history_have_other_ids() -> None:
     one = BaseLedger().append(patch(1), "patch", {"round": 1})
     other = BaseLedger().append(patch(1), "patch", {"round": 2})

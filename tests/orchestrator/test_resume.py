@@ -157,6 +157,56 @@ def test_kill_9_around_a_freeze_then_resume_gives_the_same_bytes(
     assert without_times(rows) == without_times(expected_rows)
 
 
+# Tasks that are merged before the scores, also at the end of the run, and tasks that are kept apart -----------------
+
+AFTER_A_FREEZE: dict[str, Any] = {
+    "merged": {"merge": {"dare": {"p": 0.3}}},
+    "isolated": {"isolated": True, "routing": "prototype"},
+}
+KILLED = [("merged", "round.frozen:2"), ("merged", "commit.ledger:4"), ("isolated", "commit.ledger:2")]
+KILLED_TOO = [("merged", "round.evaluated:2"), ("merged", "round.frozen:4"), ("isolated", "round.evaluated:4")]
+
+
+def _play_tasks(folder: str, kind: str, failpoint: str) -> None:
+    os.environ["FEDLORA_FAILPOINT"] = failpoint
+    continual = {"split": 2, "rounds": 2, **AFTER_A_FREEZE[kind]}
+    launch.run(toy_config(folder, continual=continual, clients__per_round=4, rounds=4), quiet)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for kind in AFTER_A_FREEZE:
+        assert in_a_process(_play_tasks, str(folder / kind), kind, "") == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "failpoint"), [*KILLED, *(pytest.param(*both, marks=pytest.mark.slow) for both in KILLED_TOO)]
+)
+def test_kill_9_where_tasks_are_merged_or_kept_then_resume_gives_the_same_bytes(
+    tmp_path: Path, undisturbed_tasks: Path, kind: str, failpoint: str
+) -> None:
+    folder, whole = tmp_path / "run", undisturbed_tasks / kind
+    assert in_a_process(_play_tasks, str(folder), kind, failpoint) == -signal.SIGKILL
+    assert in_a_process(_resume, str(folder)) == 0
+    resumed, expected = (read_json(f / "summary.json") for f in (folder, whole))
+    assert resumed["stream"] == expected["stream"]
+    assert resumed["final"] == expected["final"]
+    assert adapters(folder) == adapters(whole)
+    assert len(adapters(whole)) == {"merged": 1, "isolated": 3}[kind]
+    rows, expected_rows = (read_lines(f / "metrics.jsonl") for f in (folder, whole))
+    assert without_times(rows) == without_times(expected_rows)
+    state, expected_state = (load_latest(f)[0] for f in (folder, whole))
+    assert state is not None
+    assert expected_state is not None
+    assert state.ledger.head == expected_state.ledger.head
+
+
+def adapters(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "adapter").rglob("*.safetensors"))}
+
+
 def private_files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "private").rglob("*.safetensors"))}
 

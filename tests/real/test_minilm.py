@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from clients.runtime import adapter_spec
+from clients.specs import adapter_spec
 from fedlora.adapter.peft import insert
 from fedlora.config import load_config
 from fedlora.training.model import AdaptedModel, BaseSpec, load_base
