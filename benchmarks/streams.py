@@ -46,6 +46,13 @@ DOC = HERE.parent / "docs" / "streams.md"
 SEEDS = (0, 1, 2)
 
 REPLAY = {"continual": {"replay": {"rows": 75, "balanced": True}, "loss_labels": "met"}}
+LORA: Mapping[str, Any] = {
+    "r": 16,
+    "lora_alpha": 16,
+    "target_modules": r".*layer\.5\..*(query|value)",
+    "modules_to_save": ["classifier", "pooler"],
+}
+HEAD_ALONE = {**LORA, "modules_to_save": ["classifier"]}  # the features are those of the base
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "sequential": {"continual": {"freeze": "never"}},
     "incremental": {},
@@ -54,8 +61,13 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "mas": {"strategy": [{"mas": {"weight": 1.0}}, "flexlora"]},
     "online_lora": {"strategy": [{"online_lora": {"weight": 100.0}}, "flexlora"]},
     "lwf": {"strategy": [{"lwf": {"weight": 1.0}}, "flexlora"]},
+    "inflora": {"strategy": [{"inflora": {"refresh": True}}, "ffa"]},
+    "prototypes": {"strategy": ["prototypes", "flexlora"]},
+    "head_only": {"strategy": "head_only", "lora": HEAD_ALONE},
+    "head_only + prototypes": {"strategy": ["prototypes", "head_only"], "lora": HEAD_ALONE},
     "replay": REPLAY,
     "replay + lwf": {**REPLAY, "strategy": ["lwf", "flexlora"]},
+    "per task": {"continual": {"isolated": True}},
     "joint": {"continual": {"freeze": "never", "joint": True, "loss_labels": "all"}},
     "plateau": {"continual": {"freeze": "plateau", "loss_labels": "all"}},
 }
@@ -64,12 +76,7 @@ CLINC: Mapping[str, Any] = {
     "model": {"name": "builtin:minilm"},
     "data": {"max_length": 32, "client_holdout": 0, "partition": {"method": "dirichlet"}},
     "clients": {"count": 10, "per_round": 5, "ranks": [4, 8, 16]},
-    "lora": {
-        "r": 16,
-        "lora_alpha": 16,
-        "target_modules": r".*layer\.5\..*(query|value)",
-        "modules_to_save": ["classifier", "pooler"],
-    },
+    "lora": LORA,
     "training": {
         "learning_rate": 0.004,
         "lr_scheduler_type": "linear",

@@ -420,7 +420,7 @@ class Failing:
         ],
         "bytes up and down are those of the declared formula": [
             (SendsMoreThanItSays, r"up is declared as r\*n = .* numbers, came"),
-            (TellsHalfOfWhatItSendsAlong, "those beside dense tensors should come to 0 numbers, came 6"),
+            (TellsHalfOfWhatItSendsAlong, "should come to about 0 numbers, came 6"),
             (BigPatch, "the patch is declared as at most"),
             (KeepsWhatItSends, r"\['A'\] are both sent and kept"),
         ],
