@@ -131,10 +131,9 @@ def test_so_many_rows_are_drawn_from_the_seed_of_the_task() -> None:
 
 
 def test_a_layer_that_is_not_the_head_is_refused() -> None:
-    client = adapted()
     with pytest.raises(FedLoRAError, match="bert.pooler.dense is not among what this client trains in full"):
-        asked(begun(client, "bert.pooler.dense", ROWS))
-    pooled = AdaptedModel(client.base, AdapterSpec(("query",), 2.0, modules_to_save=("pooler", "classifier")))
+        asked(begun(adapted(), "bert.pooler.dense", ROWS))
+    pooled = AdaptedModel(adapted().base, AdapterSpec(("query",), 2.0, modules_to_save=("pooler", "classifier")))
     with pytest.raises(FedLoRAError, match="the layer has 32 outputs, and the model tells 3 labels apart"):
         asked(begun(pooled, "bert.pooler.dense", ROWS))
 
