@@ -23,6 +23,7 @@ import fedlora.continual.prototypes
 import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
 from clients.private_state import Private, PrivateState
+from clients.probe import Probe
 from clients.ranks import assign_ranks
 from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.ledger import frozen
@@ -82,6 +83,7 @@ class ClientRuntime:
         self.base_loads = 0
         self._adapted: AdaptedModel | None = None
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
+        self._probe = Probe(config)
         self._features: dict[tuple[str, str, int | None], Tensor] = {}
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
         self._shared: dict[tuple[int, str, str], Learned] = {}  # honest deltas of colluders, of one round
@@ -219,6 +221,8 @@ class ClientRuntime:
         model, name = adapted.at_rank(state.rank), f"r{state.rank}"
         adapted.patch_base(task.ledger, state.frozen)
         insert(model, name, state)
+        if task.probe:
+            return self._probe.look(model, adapted.base, task)
         try:
             if task.features:
                 return self._measured(task, model)

@@ -195,6 +195,7 @@ class EvalTask:
         met: tasks that have been met so far; their labels compete where the stream is class-incremental.
         prototypes, route: only rows whose features are nearest to the prototype at this place; all without prototypes.
         features: asks for the sum of the features of the client's training rows in the place of a score.
+        probe: asks for the score on the rows of general ability.
     """
 
     subject: str
@@ -209,6 +210,7 @@ class EvalTask:
     prototypes: tuple[tuple[float, ...], ...] = ()
     route: int = 0
     features: bool = False
+    probe: bool = False
 
 
 @dataclass(frozen=True)

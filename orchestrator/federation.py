@@ -46,6 +46,7 @@ class Federation:
         isolated: every task of a stream has an adapter of its own, and the base stays bare.
         prototypes: rows find the adapter they are scored with by features; else by the task they belong to.
         init: how a fresh A is drawn.
+        probe: task of the model where its general ability is scored too; empty where it is not.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -73,6 +74,7 @@ class Federation:
     isolated: bool = False
     prototypes: bool = False
     init: str = "kaiming"
+    probe: str = ""
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property

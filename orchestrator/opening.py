@@ -80,6 +80,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         isolated=bool(config.continual and config.continual.isolated),
         prototypes=bool(config.continual and config.continual.routing == "prototype"),
         init=init,
+        probe=base.task if config.evaluation.probe else "",
     )
     if fed.fleet:
         emit("fleet", fed.fleet.describe())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ class Evaluation:
     """How good a model is.
 
     Attributes:
-        scores: ``{"loss", "accuracy", "examples"}``.
+        scores: ``{"loss", "accuracy", "examples"}``, and ``probe_perplexity`` or ``probe_accuracy`` where asked for.
         spread: over clients; None where they hold nothing out or were not asked.
         tasks: of a stream, one by one.
     """
@@ -40,10 +41,26 @@ def evaluate_global(fed: Federation, state: RunState) -> Evaluation:
     held-out rows, and the scores are over all of these rows together. In a stream the rows are those of the tasks met
     so far; at the start, and where a task ends, every task of the stream is looked at.
     """
-    if fed.course is not None:
-        return _evaluate_stream(fed, state)
     if fed.strategy.traits.personal:
         return _evaluate_personal(fed, state)
+    found = _evaluate_stream(fed, state) if fed.course is not None else _evaluate_once(fed, state)
+    return replace(found, scores=found.scores | _ability(fed, state)) if fed.probe else found
+
+
+def _ability(fed: Federation, state: RunState) -> dict[str, float]:
+    """Scores on the rows of general ability: perplexity of a language model, accuracy of a classifier's features."""
+    payload, patches, shards = encode_adapter(state.adapter), state.ledger.patches(), fed.pool.workers
+    looks = [EvalTask("", payload, shard, shards, patches, probe=True) for shard in range(shards)]
+    results = fed.pool.evaluate(looks)
+    if broken := next((result for result in results if result.error), None):
+        raise RoundError(f"the evaluation of the probe failed: {broken.error}")
+    scores = _scores(results)
+    if fed.probe == "causal-lm":
+        return {"probe_perplexity": math.exp(min(scores["loss"], 700.0))}
+    return {"probe_accuracy": scores["accuracy"]}
+
+
+def _evaluate_once(fed: Federation, state: RunState) -> Evaluation:
     payload, patches = encode_adapter(state.adapter), state.ledger.patches()
     shards = fed.pool.workers
     tasks = [EvalTask("", payload, shard, shards, patches) for shard in range(shards)]

@@ -72,6 +72,10 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
             raise ConfigError(
                 f"strategy: {name} needs the client {client}, which is not registered{nearest(client, clients)}"
             )
+    if config.evaluation.probe and traits.personal:
+        raise ConfigError(
+            f"evaluation.probe scores one global model, and {name} keeps parts on the clients; leave the probe out"
+        )
     _check_schedule(name, strategy, config, clients)
     if config.ledger.max_rank is not None and not (traits.patches_base or freezes):
         raise ConfigError(

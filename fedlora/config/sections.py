@@ -188,6 +188,11 @@ class EvaluationConfig(Section):
     every: int = Field(1, ge=1, description="rounds between evaluations")
     per_client: bool = Field(True, description="score the global model on every client's held-out rows too")
     max_rows_per_client: int | None = Field(64, ge=1)
+    probe: DataConfig | None = Field(
+        None,
+        description="rows of another kind that nobody trains on, scored whenever the model is: what it could do before."
+        " Perplexity of a language model; of a classifier, how well its features tell these labels apart",
+    )
 
 
 class AdmissionConfig(Section):

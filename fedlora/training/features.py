@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,14 @@ from fedlora.training.batches import collate
 
 @torch.no_grad()
 def features(
-    model: Any, examples: Sequence[Example], batch_size: int, pad_token_id: int, device: torch.device
+    model: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    adapted: bool = False,
 ) -> Tensor:
-    """The mean of the last hidden states over a row's tokens, without any adapter.
+    """The mean of the last hidden states over a row's tokens, without any adapter unless ``adapted``.
 
     Answers are left out where there is a question: a row that is to be answered comes without one.
 
@@ -29,7 +35,7 @@ def features(
     model.eval()
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
     found: list[Tensor] = [torch.empty(0)] * len(examples)
-    with model.disable_adapter():
+    with contextlib.nullcontext() if adapted else model.disable_adapter():
         backbone = model.get_base_model().base_model
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
