@@ -21,7 +21,7 @@ from orchestrator.pools.local import LocalPool
 class Below(nn.Module):
     """Embeddings and frozen lower layers as one, which computes every text once.
 
-    Equal to the whole model up to rounding, since a text is computed without its padding.
+    Equal to the whole model up to rounding.
     """
 
     def __init__(self, embeddings: nn.Module, layers: Iterable[nn.Module]):
@@ -33,12 +33,15 @@ class Below(nn.Module):
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
         texts = [row[row != 0] for row in input_ids]  # 0 is BERT's padding
         keys = [text.numpy().tobytes() for text in texts]
+        unknown: dict[int, dict[bytes, Tensor]] = {}  # by length, so that nothing is padded
         for key, text in zip(keys, texts, strict=True):
             if key not in self._known:
-                hidden = self.embeddings(text[None])
-                for layer in self.below:
-                    hidden = layer(hidden)
-                self._known[key] = hidden[0]
+                unknown.setdefault(len(text), {})[key] = text
+        for group in unknown.values():
+            hidden = self.embeddings(torch.stack([*group.values()]))
+            for layer in self.below:
+                hidden = layer(hidden)
+            self._known |= {key: states.clone() for key, states in zip(group, hidden, strict=True)}
         return nn.utils.rnn.pad_sequence([self._known[key] for key in keys], batch_first=True)
 
 
