@@ -61,7 +61,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "mas": {"strategy": [{"mas": {"weight": 1.0}}, "flexlora"]},
     "online_lora": {"strategy": [{"online_lora": {"weight": 100.0}}, "flexlora"]},
     "lwf": {"strategy": [{"lwf": {"weight": 1.0}}, "flexlora"]},
-    "inflora": {"strategy": [{"inflora": {"refresh": True}}, "ffa"]},
+    "inflora": {"strategy": ["inflora", "ffa"]},
     "prototypes": {"strategy": ["prototypes", "flexlora"]},
     "head_only": {"strategy": "head_only", "lora": HEAD_ALONE},
     "head_only + prototypes": {"strategy": ["prototypes", "head_only"], "lora": HEAD_ALONE},

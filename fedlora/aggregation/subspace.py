@@ -52,7 +52,7 @@ class InfLoRA(Wrapper):
     )
     source = "InfLoRA (Liang and Li, 2024, arXiv 2404.00228), with C = sum_k w_k C_k from sketches"
 
-    def __init__(self, inner: Strategy, energy: float = 0.95, width: int = 64, rows: int = 64, refresh: bool = False):
+    def __init__(self, inner: Strategy, energy: float = 0.95, width: int = 64, rows: int = 64, refresh: bool = True):
         super().__init__(inner)
         layers = inner.layers() if isinstance(inner, Wrapper) else [inner]
         rule = layers[-1]

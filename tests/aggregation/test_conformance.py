@@ -33,7 +33,7 @@ OPTIONS = {"fltrust": {"root": "ada"}}
 def stacks() -> list[list[Any]]:
     """Every wrapper over one rule of each kind that it can stand on, and one stack of two."""
     found: list[list[Any]] = [[{"server_momentum": {"beta": 0.9}}, {"clip": {"max_norm": 1.0}}, "flexlora"]]
-    found += [["inflora", "ffa"], [{"inflora": {"refresh": True}}, "ffa"]]
+    found += [["inflora", "ffa"], [{"inflora": {"refresh": False}}, "ffa"]]
     found += [["inflora", "fedprox", {"clip": {"max_norm": 1.0}}, {"ffa": {"orthogonal": False}}]]
     for wrapper, rule in product(WRAPPERS, KINDS):
         stack = [{wrapper: OPTIONS.get(wrapper, {})}, rule]

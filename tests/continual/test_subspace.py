@@ -289,7 +289,7 @@ def test_what_was_learned_of_old_inputs_stays_while_new_ones_are_learned() -> No
 
 
 def test_the_first_layer_is_left_alone_by_clients_of_any_rank_who_measured_once() -> None:
-    stream = Stream([{"inflora": {"energy": 1.0}}, "ffa"], CLIENTS)
+    stream = Stream([{"inflora": {"energy": 1.0, "refresh": False}}, "ffa"], CLIENTS)
     tasks = [(random(4, SIZE, seed=5 + t), random(4, SIZE, seed=15 + t)) for t in range(3)]
     for place, (x, y) in enumerate(tasks):
         for _ in range(2):
@@ -304,7 +304,7 @@ def test_the_first_layer_is_left_alone_by_clients_of_any_rank_who_measured_once(
 
 
 def test_memory_leaves_a_direction_for_every_component_of_the_next_pair() -> None:
-    stream = Stream([{"inflora": {"energy": 1.0}}, "ffa"], CLIENTS)
+    stream = Stream([{"inflora": {"energy": 1.0, "refresh": False}}, "ffa"], CLIENTS)
     for task in range(4):
         stream.play(random(10, SIZE, seed=task), random(10, SIZE, seed=20 + task))
         A = stream.adapter.modules["wide"].A
@@ -315,7 +315,7 @@ def test_memory_leaves_a_direction_for_every_component_of_the_next_pair() -> Non
 
 def test_only_the_first_round_of_a_task_asks_and_refresh_asks_in_all() -> None:
     x, y = random(4, SIZE), random(4, SIZE, seed=1)
-    for spec, expected in (("inflora", [True, False, True, False]), ({"inflora": {"refresh": True}}, [True] * 4)):
+    for spec, expected in (({"inflora": {"refresh": False}}, [True, False, True, False]), ("inflora", [True] * 4)):
         stream, asks = Stream([spec, "ffa"], CLIENTS), []
         for number in range(4):
             if number == 2:
@@ -331,7 +331,7 @@ def test_only_the_first_round_of_a_task_asks_and_refresh_asks_in_all() -> None:
 
 
 def test_the_rounds_update_goes_on_as_far_as_the_new_rows_reach() -> None:
-    stream = Stream(["inflora", "ffa"], CLIENTS[:1])
+    stream = Stream([{"inflora": {"refresh": False}}, "ffa"], CLIENTS[:1])
     x, y = random(4, SIZE), random(4, SIZE, seed=1)
     trained = stream.net.learn(x, y, stream.adapter)
     stream.play(x, y)
@@ -343,10 +343,10 @@ def test_the_rounds_update_goes_on_as_far_as_the_new_rows_reach() -> None:
 
 
 def test_a_freeze_survives_a_restart_and_changes_nothing_it_was_given() -> None:
-    stream = Stream(["inflora", "ffa"], CLIENTS)
+    stream = Stream([{"inflora": {"refresh": False}}, "ffa"], CLIENTS)
     stream.play(random(4, SIZE), random(4, SIZE, seed=1))
     given = load_state(save_state(stream.state))
-    strategy: Strategy = compose(["inflora", "ffa"])
+    strategy: Strategy = compose([{"inflora": {"refresh": False}}, "ffa"])
     frozen: State = strategy.freeze(stream.adapter, stream.context(), stream.state)
     same_tree(stream.state, given, "freeze changed the state it was given")
     restored = load_state(save_state(frozen))
