@@ -233,9 +233,7 @@ def test_what_a_plan_asks_and_no_client_knows_is_refused_before_training(tmp_pat
     runtime = ClientRuntime(three(tmp_path), 1)
     asked = task(runtime, "c0")
     unknown = replace(asked, plan=replace(asked.plan, methods=(Method.of("fedpox", mu=1.0),)))
-    with pytest.raises(
-        ConfigError, match=r"fedpox is not known.*\(known: fedprox, input_sketch, o_lora, scaffold, tail_penalty\)"
-    ):
+    with pytest.raises(ConfigError, match=r"fedpox is not known.*\(known: .*fedprox, .*scaffold, tail_penalty\)"):
         runtime.train(unknown)
     extra = replace(asked, adapter=encode_adapter(decode_adapter(asked.adapter), {"momentum/x:A": torch.ones(2)}))
     with pytest.raises(FedLoRAError, match=r"no local method of the plan answers: momentum/x:A"):

@@ -18,11 +18,10 @@ from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo
 from orchestrator.cli import app
 from orchestrator.launch import run
-from orchestrator.opening import open_federation
+from orchestrator.opening import first_state, open_federation
 from orchestrator.pools.local import LocalPool
 from orchestrator.results import whole_adapter
 from orchestrator.rounds import play_round
-from orchestrator.state import RunState
 from orchestrator.validate import validate
 from tests.conftest import toy_config
 
@@ -52,8 +51,21 @@ class Attacked:
     pool: LocalPool
 
 
+SAME_TWICE = {"scenario": "domain", "rounds": 1, "tasks": [{"name": "before"}, {"name": "after"}]}
+
+
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
+    return under_attack(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def attacked_stream(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
+    """The same, with a freeze between its rounds, for wrappers that protect what was frozen."""
+    return under_attack(tmp_path_factory, continual=SAME_TWICE, rounds=2)
+
+
+def under_attack(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Attacked:
     attack = {"name": "nan", "clients": ["c1", "c4"]}
     small = {
         "clients__count": 5,
@@ -61,16 +73,22 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
         "training__per_device_train_batch_size": 2,
         "data__max_test_rows": 8,
     }
-    config = toy_config(tmp_path_factory.mktemp("attacked"), attack=attack, evaluation__per_client=False, **small)
+    config = toy_config(
+        tmp_path_factory.mktemp("attacked"), attack=attack, evaluation__per_client=False, **small, **changes
+    )
     return Attacked(config, LocalPool(config))
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_nan_never_reaches_the_global_adapter_and_the_attackers_are_named(name: str, attacked: Attacked) -> None:
+def test_nan_never_reaches_the_global_adapter_and_the_attackers_are_named(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    protects = compose(STACKS[name]).traits.protects
+    attacked: Attacked = request.getfixturevalue("attacked_stream" if protects else "attacked")
     config = attacked.config.model_copy(update={"strategy": STACKS[name], "rounds": 2})
     events: list[tuple[str, Mapping[str, Any]]] = []
     fed, base = open_federation(config, attacked.pool, lambda event, fields: events.append((event, fields)))
-    state = RunState(0, fed.strategy.start(fed.fresh, config.seed), {}, config.sha256(), base.fingerprint)
+    state = first_state(config, fed, base)
     for _ in range(2):
         state = play_round(fed, state)
         assert state.row is not None
