@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import typer
 from cached import SharedPool, shorten
-from sections import fill
+from sections import fill, read_results
 
 from clients.attacks import choose, mount
 from clients.runtime import ClientRuntime, Learned
@@ -213,18 +213,6 @@ def play(cell: Cell) -> dict[str, Any]:
 # The document ----------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; a line that was cut off by a crash is run again."""
-    rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            rows[row["key"]] = row
-        except (ValueError, KeyError):
-            continue
-    return rows
-
-
 def found(rows: Mapping[str, dict[str, Any]], cell: Cell) -> dict[str, Any] | None:
     """The line of a cell, if it is there and of these very settings."""
     return rows.get(cell.key)
@@ -294,7 +282,7 @@ def main(
     only: Annotated[str, typer.Option(help="run the cells whose description holds this, and write no tables")] = "",
 ) -> None:
     """Run what is missing, then write docs/robustness.md."""
-    rows = read(results)
+    rows = read_results(results)
     todo = [cell for cell in all_cells() if only in str(cell) and found(rows, cell) is None]
     typer.echo(f"{len(todo)} cells to run")
     with results.open("a", encoding="utf-8") as file:
@@ -312,7 +300,7 @@ def main(
                 for cell, row in zip(todo, pool.map(play, todo), strict=True):
                     keep(cell, row)
     if not only:
-        write(read(results))
+        write(read_results(results))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Where the benchmarks write their results: a section of a page by its heading, or a place between two marks."""
+"""Where benchmarks keep results: a line per finished cell, a section of a page by its heading, text between marks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).parent / "README.md"
 
@@ -25,3 +27,15 @@ def fill(page: Path, mark: str, text: str) -> None:
     before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {mark} -->")
     _, _, after = rest.partition(f"<!-- /{mark} -->")
     page.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{after}", encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells by key; a line that was cut off by a crash is run again."""
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (ValueError, KeyError):
+            continue
+    return rows

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import typer
 from cached import SharedPool, shorten
-from sections import fill
+from sections import fill, read_results
 from torch import Tensor
 
 from clients.runtime import ClientRuntime
@@ -242,18 +242,6 @@ def play(cell: Cell, data: Path) -> dict[str, Any]:
 # The document ----------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; a line that was cut off by a crash is run again."""
-    rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            rows[row["key"]] = row
-        except (ValueError, KeyError):
-            continue
-    return rows
-
-
 def table(rows: Mapping[str, dict[str, Any]], name: str) -> str:
     """Means and standard deviations over the seeds that are there, as Markdown."""
     columns = sorted({(c.scenario, -c.alpha) for c in CELLS[name]})
@@ -305,7 +293,7 @@ def main(
     only: Annotated[str, typer.Option(help="run the cells whose description holds this, and write no table")] = "",
 ) -> None:
     """Run what is missing, then write docs/streams.md."""
-    rows = read(results)
+    rows = read_results(results)
     todo = [cell for cell in CELLS[name] if only in str(cell) and cell.key not in rows]
     typer.echo(f"{len(todo)} cells to run")
     with (
@@ -318,7 +306,7 @@ def main(
             said = {key: round(value, 3) for key, value in row.get("metrics", {}).items() if value is not None}
             typer.echo(f"{cell}: {said or row.get('error')}  {row['seconds']} s")
     if not only:
-        found = read(results)
+        found = read_results(results)
         fill(DOC, name, hidden(found) if name == "hidden" else table(found, name))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.adapter.peft import inspecting
 from fedlora.data.text import Example
 from fedlora.errors import FedLoRAError
 from fedlora.seeds import derive_seed
@@ -74,7 +74,7 @@ def class_means(local: Local, layer: nn.Linear, examples: Sequence[Example]) -> 
     sums = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
     counts = torch.zeros(layer.out_features, dtype=torch.float64)
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    with _inputs_of(layer) as caught, _evaluating(local.model):
+    with _inputs_of(layer) as caught, inspecting(local.model):
         for start in range(0, len(ordered), BATCH):
             batch = collate(ordered[start : start + BATCH], local.pad_token_id, layer.weight.device)
             logits, targets, _ = targets_and_logits(local.model, batch)
@@ -123,14 +123,3 @@ def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

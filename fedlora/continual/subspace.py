@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedlora.adapter.directory import PREFIX
+from fedlora.adapter.peft import inspecting, lora_layers
 from fedlora.adapter.subspace import probes, sketch
 from fedlora.data.text import Example
 from fedlora.errors import FedLoRAError
@@ -75,10 +74,10 @@ def look(local: Local, rows: Sequence[Example], forms: Tensors) -> dict[str, tup
     """
     device = next(local.model.parameters()).device
     sums = {path: _Sum(path, form, device) for path, form in forms.items()}
-    layers = {name.removeprefix(PREFIX): m for name, m in local.model.named_modules() if isinstance(m, LoraLayer)}
+    layers = lora_layers(local.model, sums)
     if unknown := sorted(sums.keys() - layers.keys()):
         raise FedLoRAError(f"input_sketch: {unknown[0]} has no adapter on this client ({len(unknown)} such modules)")
-    with _at_rest(local.model), contextlib.ExitStack() as hooks:
+    with inspecting(local.model), contextlib.ExitStack() as hooks:
         for path, total in sums.items():
             layer: Any = layers[path]
             hooks.callback(layer.register_forward_pre_hook(total.take).remove)
@@ -113,15 +112,3 @@ class _Sum:
     def mean(self) -> tuple[Tensor, Tensor]:
         share = 1 / max(self._positions, 1)
         return (share * self._Y).float().cpu(), (share * self._trace).float().cpu()
-
-
-@contextlib.contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
