@@ -77,6 +77,7 @@ def test_the_strategy_of_the_guide_trains_in_this_process(file: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_strategy_of_the_guide_trains_on_ray_with_the_same_scores(file: Path) -> None:
     local = toy_run(file)
     ray = toy_run(file, pool="ray", ray__workers=1)
