@@ -86,7 +86,7 @@ class Important(Wrapper):
         decay: share of the importance of earlier tasks that is left at each freeze.
     """
 
-    def __init__(self, inner: Strategy, weight: float = 1.0, samples: int = 16, decay: float = 1.0):
+    def __init__(self, inner: Strategy, weight: float = 100.0, samples: int = 16, decay: float = 1.0):
         super().__init__(inner)
         if not (weight >= 0 and samples >= 1 and 0 <= decay <= 1):
             raise ConfigError(
@@ -141,6 +141,9 @@ class MAS(Important):
     name = "mas"
     equation = "local loss + weight / 2 sum_ij O_ij (B A)_ij^2,  O = mean of squared gradients of ||f(x)||^2"
     source = "MAS (Aljundi et al., 2018, arXiv 1711.09601), in update space and by row and column sums"
+
+    def __init__(self, inner: Strategy, weight: float = 0.02, samples: int = 16, decay: float = 1.0):
+        super().__init__(inner, weight, samples, decay)  # squared logits have much larger gradients than a loss
 
 
 @WRAPPERS.register("online_lora")
