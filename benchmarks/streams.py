@@ -58,7 +58,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "incremental": {},
     "o_lora": {"strategy": [{"o_lora": {"weight": 0.5}}, "flexlora"]},
     "ewc": {"strategy": [{"ewc": {"weight": 250.0}}, "flexlora"]},
-    "mas": {"strategy": [{"mas": {"weight": 0.02}}, "flexlora"]},
+    "mas": {"strategy": [{"mas": {"weight": 5.0}}, "flexlora"]},
     "online_lora": {"strategy": [{"online_lora": {"weight": 250.0}}, "flexlora"]},
     "lwf": {"strategy": [{"lwf": {"weight": 1.0}}, "flexlora"]},
     "inflora": {"strategy": ["inflora", "ffa"]},

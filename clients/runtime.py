@@ -293,11 +293,12 @@ class ClientRuntime:
         device = next(iter(local.parameters.values())).device
         return evaluate(local.model, batch, size, local.pad_token_id, device, labels=local.labels).loss
 
-    def _earlier(self, task: TrainTask) -> tuple[int, ...]:
-        """The labels a client has met before its present task; none where they are the same in every task."""
+    def _earlier(self, task: TrainTask) -> tuple[int, ...] | None:
+        """The labels a client has met before its present task; None where they are the same in every task."""
         settings = self._config.continual
-        if self._course is None or settings is None or settings.scenario == "domain" or task.stage is None:
-            return ()
+        apart = settings is not None and settings.scenario != "domain" and self.corpus.labels
+        if self._course is None or task.stage is None or not apart:
+            return None
         return labels_of(self.stream, self._course.met_by(task.client, task.round) - {task.stage})
 
     def _replayed(self, task: TrainTask) -> list[Example]:

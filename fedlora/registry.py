@@ -1,7 +1,9 @@
 """Names for interchangeable parts."""
 
+import inspect
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fedlora.errors import ConfigError, nearest
@@ -53,12 +55,16 @@ class Registry(Generic[T]):
         if name not in self._factories:
             known = ", ".join(sorted(self._factories))
             raise ConfigError(f"{self.kind}: {name} is not known{nearest(name, self._factories)} (known: {known})")
+        what = f"{self.kind}: {name}"
         try:
-            return self._factories[name](**options)
+            made = self._factories[name](**options)
         except TypeError as error:
+            _check_types(what, self._factories[name], options)
             if missing := sorted(getattr(self._factories[name], "__abstractmethods__", ())):
                 raise ConfigError(f"{self.kind}: {name} lacks the method {', '.join(missing)}") from error
-            raise ConfigError(f"{self.kind}: {name} does not take these options: {error}") from error
+            raise ConfigError(f"{what} does not take these options: {error}") from error
+        _check_types(what, self._factories[name], options)  # a factory's own words about them come first
+        return made
 
     def origin(self, name: str) -> str:
         """The module that registered ``name``."""
@@ -81,3 +87,20 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._factories))
+
+
+def _check_types(what: str, factory: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Raise ``ConfigError`` for an option that is plainly not what the factory says it takes."""
+    try:
+        parameters = inspect.signature(factory, eval_str=True).parameters
+    except (NameError, SyntaxError, TypeError, ValueError):  # a plug-in may annotate as it likes, and checks for itself
+        return
+    for option, value in options.items():
+        expected = parameters[option].annotation if option in parameters else None
+        is_bool = isinstance(value, bool)
+        if expected is bool and not is_bool:
+            raise ConfigError(f"{what}.{option} must be true or false, not {value!r}")
+        if expected is int and (is_bool or not isinstance(value, int)):
+            raise ConfigError(f"{what}.{option} must be a whole number, not {value!r}")
+        if expected is float and (is_bool or not isinstance(value, int | float) or not math.isfinite(value)):
+            raise ConfigError(f"{what}.{option} must be a number, not {value!r}")

@@ -105,7 +105,7 @@ def _one(strategy: Strategy, at: int, outline: Outline, number: int, optim: str)
         for formula in (traffic.up, traffic.down, traffic.extras)
     )
     head = dense if "dense" in plan.send else 0
-    extras += head if traffic.dense_extras else 0
+    extras += traffic.dense_extras * head
     trained = _trained(plan, outline)
     held = down + dense
     return {

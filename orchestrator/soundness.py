@@ -128,7 +128,12 @@ def _check_continual(strategy: Strategy, settings: ContinualConfig, use_dora: bo
                 f"continual.isolated starts every task from the bare base, and {name} patches it in every round; use"
                 " flexlora, zero_pad or fedit"
             )
-        if traits.protects:
+        if traits.writes_head:
+            raise ConfigError(
+                f"strategy: {name} remembers class means from task to task, and with continual.isolated every task has"
+                " features of its own; leave prototypes out"
+            )
+        if traits.protects or traits.outermost:
             raise ConfigError(
                 f"strategy: {name} protects earlier tasks, and with continual.isolated no later one touches them; leave"
                 " that wrapper out"

@@ -363,7 +363,7 @@ def _traffic(strategy: Strategy) -> None:
                 came = sum(tensor.numel() for tensor in tensors)
                 if came != expected:
                     raise LawBroken(f"{told}: {formula} is declared as {text} = {expected} numbers, came {came}")
-            about = sum(tensor.numel() for tensor in handed.dense.values()) if formulas.dense_extras else 0
+            about = formulas.dense_extras * sum(tensor.numel() for tensor in handed.dense.values())
             came = sum(tensor.numel() for name, tensor in extras.items() if _beside_dense(name))
             if not about <= came <= 2 * about:
                 raise LawBroken(

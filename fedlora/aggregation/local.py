@@ -60,7 +60,7 @@ class Scaffold(Wrapper):
         require_watched(self.name, inner, "control variates", "use fedprox")
         require_free_head(self.name, inner)
         self.traits = replace(inner.traits, whole_cohort=True)
-        self.traffic = replace(inner.traffic, extras=inner.traffic.up, dense_extras=inner.traffic.dense)
+        self.traffic = inner.traffic.with_extras(inner.traffic.up, dense=inner.traffic.dense)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("scaffold")

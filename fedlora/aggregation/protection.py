@@ -5,6 +5,7 @@ The hooks themselves run in local training, see ``fedlora.continual``: ``orthogo
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter.state import AdapterState
+from fedlora.aggregation.alternating import FFA
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
 from fedlora.aggregation.extras import listed, mean_extras, require_watched
 from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, part
@@ -37,6 +39,10 @@ class OLoRA(Wrapper):
         super().__init__(inner)
         if not weight >= 0:
             raise ConfigError(f"strategy: o_lora.weight must be at least 0, not {weight}")
+        if isinstance(inner.layers()[-1] if isinstance(inner, Wrapper) else inner, FFA):
+            raise ConfigError(
+                "strategy: o_lora keeps a trained A out of what was frozen, and ffa trains no A; use inflora"
+            )
         if inner.traits.patches_base or inner.traits.core or inner.traits.head_only:
             raise ConfigError(
                 f"strategy: o_lora keeps a trained A out of what was frozen, and {described(inner)} patches the base in"
@@ -96,8 +102,7 @@ class Important(Wrapper):
         _require_freezable(self.name, inner)
         require_watched(self.name, inner, "importance", f"put {self.name} inside it")
         self.traits = replace(inner.traits, protects=True)
-        extras = _plus(inner.traffic.extras, "m + n")
-        self.traffic = replace(inner.traffic, extras=extras, dense_extras=inner.traffic.dense)
+        self.traffic = inner.traffic.with_extras("m + n", dense=inner.traffic.dense)
         self.weight, self.samples, self.decay = weight, samples, decay
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
@@ -112,7 +117,7 @@ class Important(Wrapper):
     def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
         updates = list(updates)
         outcome = super().aggregate(updates, ctx, state)
-        now = {name: tensor.clamp(min=0) for name, tensor in mean_extras(updates, "importance").items()}
+        now = mean_extras(_bounded(updates), "importance")
         kept = {"importance": part(state, "importance"), "now": now or part(state, "now")}
         return replace(outcome, state={**outcome.state, **kept})
 
@@ -139,11 +144,11 @@ class MAS(Important):
     """Importance is how much the outputs would change."""
 
     name = "mas"
-    equation = "local loss + weight / 2 sum_ij O_ij (B A)_ij^2,  O = mean of squared gradients of ||f(x)||^2"
+    equation = "local loss + weight / 2 sum_ij O_ij (B A)_ij^2,  O = mean of squared gradients of mean(f(x)^2)"
     source = "MAS (Aljundi et al., 2018, arXiv 1711.09601), in update space and by row and column sums"
 
-    def __init__(self, inner: Strategy, weight: float = 0.02, samples: int = 16, decay: float = 1.0):
-        super().__init__(inner, weight, samples, decay)  # squared logits have much larger gradients than a loss
+    def __init__(self, inner: Strategy, weight: float = 5.0, samples: int = 16, decay: float = 1.0):
+        super().__init__(inner, weight, samples, decay)
 
 
 @WRAPPERS.register("online_lora")
@@ -155,6 +160,22 @@ class OnlineLoRA(Important):
     source = "Online-LoRA (Wei et al., 2024, arXiv 2411.05663), its importance averaged over clients"
 
 
+def _bounded(updates: Sequence[Contribution]) -> list[Contribution]:
+    """Measurements that are not negative, none with more mass than the median of the round has.
+
+    No rule looks at them otherwise: a client could have later tasks stand still by calling everything important.
+    """
+    present = [update for update in updates if update.weight > 0]
+    found = [{n: t.clamp(min=0) for n, t in u.extras.items() if n.startswith("importance/")} for u in present]
+    masses = [sum(float(t.sum()) for name, t in own.items() if not name.endswith(":columns")) for own in found]
+    limit = statistics.median_low(masses) if masses else 0.0
+    shares = [min(1.0, limit / mass) if mass else 1.0 for mass in masses]
+    return [
+        replace(update, extras={name: share * tensor for name, tensor in own.items()})
+        for update, own, share in zip(present, found, shares, strict=True)
+    ]
+
+
 def _blank(adapter: AdapterState) -> dict[str, Tensor]:
     """Importance of nothing yet: a module's row sums [out] and column sums [in], and every tensor trained in full."""
     zeros: dict[str, Tensor] = {}
@@ -164,15 +185,16 @@ def _blank(adapter: AdapterState) -> dict[str, Tensor]:
     return zeros | {f":{name}": torch.zeros_like(tensor) for name, tensor in adapter.dense.items()}
 
 
-def _plus(formula: str, more: str) -> str:
-    return more if formula == "0" else f"{formula} + {more}"
-
-
 def _require_freezable(name: str, inner: Strategy) -> None:
     if inner.traits.personal:
         raise ConfigError(
             f"strategy: {name} protects what a stream has frozen, and {described(inner)} keeps parts on the clients,"
             " which a stream does not; use flexlora, zero_pad or fedit"
+        )
+    if inner.traits.head_only:
+        raise ConfigError(
+            f"strategy: {name} holds on to what adapters have learned, and {described(inner)} trains the head alone;"
+            " use flexlora, zero_pad or fedit"
         )
     if inner.traits.patches_base:
         raise ConfigError(

@@ -80,7 +80,7 @@ class Prototypes(Wrapper):
         self.traits = replace(
             inner.traits, exact=False, linear=False, idempotent=False, weighted=False, writes_head=True
         )
-        self.traffic = replace(inner.traffic, dense_extras=True)
+        self.traffic = inner.traffic.with_extras(dense=True)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("prototypes", rows=self.rows or 0)

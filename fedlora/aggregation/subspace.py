@@ -65,12 +65,12 @@ class InfLoRA(Wrapper):
             if isinstance(layer, Reweighting | Coordinatewise):
                 raise ConfigError(
                     f"strategy: {layer.name} does not look at sketches of inputs, which a bad client would send around"
-                    " it; use clip, or o_lora in the place of inflora"
+                    " it; use clip, or o_lora over zero_pad"
                 )
             if isinstance(layer, ServerOptimizer | Scaffold | Staleness):
                 raise ConfigError(
                     f"strategy: {layer.name} carries B from round to round, and inflora gives B other rows of A in the"
-                    " first round of a task; use fedprox, or o_lora in the place of inflora"
+                    " first round of a task; use fedprox, or o_lora over zero_pad"
                 )
         if not 0 < energy <= 1 or width < 1 or rows < 1:
             raise ConfigError(
@@ -81,7 +81,7 @@ class InfLoRA(Wrapper):
             inner.traits, exact=False, linear=False, fixed_gauge=False, idempotent=False, outermost=True
         )
         size = f"n*min({width}, n) + 1"
-        self.traffic = replace(inner.traffic, extras=size if refresh else f"first*({size})")
+        self.traffic = inner.traffic.with_extras(size if refresh else f"first*({size})")
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         plan = super().plan(ctx, client, state)

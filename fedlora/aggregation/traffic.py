@@ -1,7 +1,9 @@
 """What a strategy sends, as a formula a person can read and a law can check."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Traffic:
         patch: the most that a round adds to the base ledger; every client receives it once.
         extras: what travels beside the factors, both ways, such as control variates.
         dense: whether tensors trained in full travel up too.
-        dense_extras: whether about as many numbers as these have travel beside them too, both ways.
+        dense_extras: how many times as many numbers as these have travel beside them, about, both ways.
     """
 
     up: str = "r*(m + n)"
@@ -26,7 +28,12 @@ class Traffic:
     patch: str = "0"
     extras: str = "0"
     dense: bool = True
-    dense_extras: bool = False
+    dense_extras: int = 0
+
+    def with_extras(self, formula: str = "0", dense: bool = False) -> Traffic:
+        """The same with more beside the factors, and beside what is trained in full if ``dense``."""
+        both = " + ".join(part for part in (self.extras, formula) if part != "0") or "0"
+        return replace(self, extras=both, dense_extras=self.dense_extras + int(dense))
 
     def count(
         self,

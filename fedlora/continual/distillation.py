@@ -37,10 +37,11 @@ class LwF(LocalMethod):
         return {"local": start.local, "anchors": anchors}
 
     def distil(self, batch: Tensors, logits: Tensor, memory: Memory) -> Tensor | None:
-        if not memory:
-            return None
-        local: Local = memory["local"]
-        kept = torch.tensor(local.earlier or range(logits.shape[1]), device=logits.device)
+        local: Local | None = memory.get("local")
+        if local is None or local.earlier == ():
+            return None  # nothing was frozen, or nothing of what was is this client's past
+        labels = range(logits.shape[1]) if local.earlier is None else local.earlier
+        kept = torch.tensor(labels, device=logits.device)
         with torch.no_grad(), inspecting(local.model), _as_frozen(local, memory["anchors"]):
             told = targets_and_logits(local.model, batch)[0][:, kept] / self.temperature
         said = logits[:, kept] / self.temperature

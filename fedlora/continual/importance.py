@@ -50,7 +50,10 @@ class Importance(LocalMethod):
 
     @abstractmethod
     def objective(self, logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """What importance is the squared gradient of, for one row: logits [N, C], targets [N] to a number."""
+        """What importance is the squared gradient of, for one row: logits [N, C], targets [N] to a number.
+
+        A mean over the row's targets: long rows would otherwise count by the square of their length.
+        """
 
     def choose(self, local: Local) -> Sequence[Example]:
         """The rows to measure on, drawn from the seed."""
@@ -102,15 +105,15 @@ class EWC(Importance):
 
     def objective(self, logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.multinomial(logits.detach().softmax(dim=1).cpu(), 1, generator=generator)[:, 0]
-        return cross_entropy(logits, drawn.to(targets), reduction="sum")
+        return cross_entropy(logits, drawn.to(targets))
 
 
 @LOCAL_METHODS.register("mas")
 class MAS(Importance):
-    """Sensitivity of the squared length of the outputs, whatever the labels; squared gradients for absolute ones."""
+    """Sensitivity of the mean squared output, whatever the labels; squared gradients in the place of absolute ones."""
 
     def objective(self, logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        return logits[logits.isfinite()].square().sum()
+        return logits[logits.isfinite()].square().mean()
 
 
 @LOCAL_METHODS.register("online_lora")
@@ -118,7 +121,7 @@ class OnlineLoRA(Importance):
     """Squared gradients of the loss on a small buffer of the hardest rows, which stays on the client."""
 
     def objective(self, logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        return cross_entropy(logits, targets, reduction="sum")
+        return cross_entropy(logits, targets)
 
     def choose(self, local: Local) -> Sequence[Example]:
         rows = list(local.examples)

@@ -37,7 +37,7 @@ class Local:
         examples: what it trains on, buffered rows included.
         pad_token_id: of the tokenizer.
         labels: those that compete in a classifier's loss; all where empty.
-        earlier: those of tasks before the present one; empty where every task has the same.
+        earlier: those of tasks before the present one; None where every task has the same, or rows have none.
         seed: of the client's task.
     """
 
@@ -46,7 +46,7 @@ class Local:
     examples: Sequence[Example]
     pad_token_id: int
     labels: tuple[int, ...] = ()
-    earlier: tuple[int, ...] = ()
+    earlier: tuple[int, ...] | None = None
     seed: int = 0
 
 

@@ -75,6 +75,13 @@ def test_the_teacher_leaves_the_client_as_it_was(local: Local) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in local.parameters.items())
 
 
+def test_a_client_without_a_past_is_taught_nothing(local: Local) -> None:
+    local = replace(local, earlier=())
+    method = LwF(weight=1.0, temperature=2.0)
+    batch, said = look(local)
+    assert method.distil(batch, said, begun(method, local)) is None
+
+
 def test_before_the_first_freeze_there_is_no_teacher(local: Local) -> None:
     method = LwF(weight=1.0, temperature=2.0)
     memory = method.begin(Start({}, frozenset(), frozenset(), local=local))

@@ -142,6 +142,45 @@ def test_a_stream_has_no_personal_parts_to_protect(stack: list[str]) -> None:
         compose(stack)
 
 
+@pytest.mark.parametrize("method", [*METHODS, "lwf", "o_lora"])
+def test_a_head_alone_has_no_adapter_to_hold_on_to(method: str) -> None:
+    with pytest.raises(ConfigError, match="head_only"):
+        compose([method, "head_only"])
+
+
+def test_o_lora_has_nothing_to_push_where_no_A_is_trained() -> None:
+    with pytest.raises(ConfigError, match="ffa trains no A"):
+        compose(["o_lora", "clip", "ffa"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 2.5}, "ewc.samples must be a whole number, not 2.5"),
+        ({"weight": float("inf")}, "ewc.weight must be a number, not inf"),
+        ({"weight": "high"}, "ewc.weight must be a number, not 'high'"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_its_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose([{"ewc": options}, "flexlora"])
+
+
+def test_no_client_says_more_than_the_median_of_what_is_important() -> None:
+    strategy = compose(["ewc", "flexlora"])
+    adapter = AdapterState({"m": LowRank(torch.zeros(2, 1), torch.ones(1, 2))})
+    ctx = RoundContext(1, 1, 0, adapter)
+
+    def sent(client: str, size: float) -> Contribution:
+        extras = {"importance/m:rows": size * torch.ones(2), "importance/m:columns": size * torch.ones(2)}
+        return Contribution(ClientInfo(client, 1, 5), 1 / 3, adapter, adapter, extras=extras)
+
+    outcome = strategy.aggregate([sent("a", 1.0), sent("b", 2.0), sent("c", 1e4)], ctx, {})
+    now = outcome.state["now"]
+    assert isinstance(now, dict)
+    assert now["m:rows"].tolist() == pytest.approx([5 / 3, 5 / 3])
+
+
 def test_a_defence_inside_would_not_see_what_clients_call_important() -> None:
     with pytest.raises(ConfigError, match="multi_krum does not look at importance"):
         compose(["ewc", "multi_krum", "flexlora"])

@@ -170,6 +170,8 @@ def test_a_task_that_is_no_name_of_a_folder_is_refused(toy: Toy) -> None:
         ({"strategy": "flora"}, "continual.isolated starts every task from the bare base, and flora"),
         ({"strategy": ["o_lora", "fedit"]}, "protects earlier tasks"),
         ({"strategy": ["clip", "o_lora", "fedit"]}, "protects earlier tasks"),
+        ({"strategy": ["inflora", "ffa"]}, "protects earlier tasks"),
+        ({"strategy": ["prototypes", "flexlora"]}, "leave prototypes out"),
         ({"ledger__max_rank": 4}, "ledger.max_rank has no effect"),
         ({"strategy": "fedsa"}, "keeps parts on the clients"),
     ],
