@@ -57,9 +57,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "sequential": {"continual": {"freeze": "never"}},
     "incremental": {},
     "o_lora": {"strategy": [{"o_lora": {"weight": 0.5}}, "flexlora"]},
-    "ewc": {"strategy": [{"ewc": {"weight": 250.0}}, "flexlora"]},
-    "mas": {"strategy": [{"mas": {"weight": 5.0}}, "flexlora"]},
-    "online_lora": {"strategy": [{"online_lora": {"weight": 250.0}}, "flexlora"]},
+    "ewc": {"strategy": [{"ewc": {"weight": 1500.0}}, "flexlora"]},
+    "mas": {"strategy": [{"mas": {"weight": 50.0}}, "flexlora"]},
+    "online_lora": {"strategy": [{"online_lora": {"weight": 1500.0}}, "flexlora"]},
     "lwf": {"strategy": [{"lwf": {"weight": 1.0}}, "flexlora"]},
     "inflora": {"strategy": ["inflora", "ffa"]},
     "prototypes": {"strategy": ["prototypes", "flexlora"]},
@@ -243,18 +243,21 @@ def play(cell: Cell, data: Path) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, dict[str, Any]], name: str) -> str:
-    """Means and standard deviations over the seeds that are there, as Markdown."""
-    columns = sorted({(c.scenario, -c.alpha) for c in CELLS[name]})
+    """Means and standard deviations over the seeds that are there, as Markdown; columns without a run are left out."""
+    done = {cell: rows[cell.key]["metrics"] for cell in CELLS[name] if "metrics" in rows.get(cell.key, {})}
+    if not done:
+        return "Not played yet."
+    columns = sorted({(cell.scenario, -cell.alpha) for cell in done})
     heads = [f"{scenario}, alpha {-alpha}" for scenario, alpha in columns]
     text = [f"| method | {' | '.join(f'{h}: ACC | forgetting' for h in heads)} |", f"|---|{'---:|---:|' * len(heads)}"]
     for method in dict.fromkeys(cell.method for cell in CELLS[name]):
         shown = []
-        for scenario, alpha in columns:
-            cells = [c for c in CELLS[name] if (c.method, c.scenario, -c.alpha) == (method, scenario, alpha)]
-            lines = [rows[cell.key]["metrics"] for cell in cells if "metrics" in rows.get(cell.key, {})]
+        for column in columns:
+            lines = [m for cell, m in done.items() if (cell.method, cell.scenario, -cell.alpha) == (method, *column)]
             shown += [_spread([100 * line[metric] for line in lines]) for metric in ("ACC", "forgetting")]
         text.append(f"| {method} | {' | '.join(shown)} |")
-    return "\n".join(text)
+    seeds = sorted({cell.seed for cell in done})
+    return "\n".join([*text, "", f"{len(done)} of {len(CELLS[name])} runs, seeds {', '.join(map(str, seeds))}."])
 
 
 def hidden(rows: Mapping[str, dict[str, Any]]) -> str:
@@ -270,7 +273,7 @@ def hidden(rows: Mapping[str, dict[str, Any]]) -> str:
             same = "yes" if line["same_at_10"] else "no"
             counts = f"{line['noticed']} of {line['boundaries']} | {delays}"
             text.append(f"| {cell.seed} | {counts} | {len(line['false_alarms'])} | {len(line['merges'])} | {same} |")
-    return "\n".join(text)
+    return "\n".join(text) if len(text) > 2 else "Not played yet."
 
 
 def _spread(values: list[float]) -> str:
