@@ -92,7 +92,7 @@ class Important(Wrapper):
         decay: share of the importance of earlier tasks that is left at each freeze.
     """
 
-    def __init__(self, inner: Strategy, weight: float = 100.0, samples: int = 16, decay: float = 1.0):
+    def __init__(self, inner: Strategy, weight: float = 1000.0, samples: int = 16, decay: float = 1.0):
         super().__init__(inner)
         if not (weight >= 0 and samples >= 1 and 0 <= decay <= 1):
             raise ConfigError(
