@@ -132,7 +132,7 @@ def test_the_plain_sum_is_a_run_without_a_rule(toy: Toy) -> None:
         ({"ties": {"name": 1}}, {}, "ties does not take these options"),
         ("lines", {}, "lines does not take these options: .*alpha"),
         ({"lines": {"alpha": 0.5, "layers": 1}}, {}, "lines.layers is at least 2"),
-        ({"lines": {"alpha": "half"}}, {}, "lines does not take these options"),
+        ({"lines": {"alpha": "half"}}, {}, "lines.alpha must be a number, not 'half'"),
         ({"mean": {}, "ties": {}}, {}, "one rule with its options, not 2"),
         ("mean", {"continual": {"freeze": "never"}}, "continual.freeze is never"),
         ("mean", {"strategy": "flora"}, "flora patches the base in every round"),
