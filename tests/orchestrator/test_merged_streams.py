@@ -117,6 +117,7 @@ def test_o_lora_finds_the_directions_of_a_merged_base(toy: Toy) -> None:
     assert summary["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_plain_sum_is_a_run_without_a_rule(toy: Toy) -> None:
     plain, named = (played(merged_stream(toy, merge)) for merge in ("sum", {"sum": None}))
     assert plain[0]["adapter_sha256"] == named[0]["adapter_sha256"]

@@ -85,7 +85,12 @@ def _play_strategy(folder: str, strategy: Any, failpoint: str) -> None:
     launch.run(toy_config(folder, clients__per_round=4, strategy=strategy, rounds=4), quiet)
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+FAST = ("fedsa", "scaffold")  # what clients keep, and what the server keeps of them; the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in STATEFUL]
+)
 def test_mixed_ranks_resume_bit_identically_under_rules_that_keep_state(tmp_path: Path, name: str) -> None:
     strategy = STATEFUL[name]
     undisturbed = tmp_path / "undisturbed"

@@ -141,6 +141,7 @@ def test_a_stream_that_cannot_be_played_is_refused_before_it_begins(
     assert not (Path(config.output_dir) / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_o_lora_keeps_a_later_task_out_of_the_directions_of_an_earlier_one(toy: Toy) -> None:
     overlaps = {}
     for weight in (0.0, 5.0):
