@@ -7,7 +7,7 @@ from torch import Tensor
 from clients.attacks import build
 from fedlora.aggregation import Strategy, compose
 from fedlora.aggregation.prototypes import Prototypes
-from fedlora.aggregation.wrapper import Wrapper, described
+from fedlora.aggregation.wrapper import described
 from fedlora.config import ContinualConfig, RunConfig
 from fedlora.continual.merging import build_merging
 from fedlora.continual.plateau import Never, build_policy
@@ -95,7 +95,7 @@ def check_head(strategy: Strategy, dense: Mapping[str, Tensor]) -> None:
             f"strategy: {described(strategy)} trains what is trained in full alone, and nothing of this model is: a"
             " language model has no new head; give rows of text and label, name lora.modules_to_save, or use flexlora"
         )
-    for layer in strategy.layers() if isinstance(strategy, Wrapper) else []:
+    for layer in strategy.layers():
         if isinstance(layer, Prototypes):
             layer.place(dense)
 

@@ -161,5 +161,9 @@ class Strategy(ABC):
         """Extra tensors that travel to ``client`` beside the adapter, and come back changed. Default: none."""
         return {}
 
+    def layers(self) -> list[Strategy]:
+        """This strategy and those inside it, the rule at the core last."""
+        return [self]
+
 
 STRATEGIES: Registry[Strategy] = Registry("strategy")

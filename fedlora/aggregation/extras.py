@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedlora.aggregation.base import Contribution, Strategy
+from fedlora.aggregation.base import Contribution, State, Strategy
 from fedlora.aggregation.coordinate import Coordinatewise
 from fedlora.aggregation.robust import Reweighting
-from fedlora.aggregation.wrapper import Wrapper
+from fedlora.aggregation.wrapper import part
 from fedlora.errors import ConfigError
 
 
@@ -37,13 +37,12 @@ def require_watched(name: str, inner: Strategy, what: str, instead: str) -> None
         what: the extra tensors, in words.
         instead: what to do about it.
     """
-    layers = inner.layers() if isinstance(inner, Wrapper) else []
-    if deaf := next((layer for layer in layers if isinstance(layer, Reweighting | Coordinatewise)), None):
+    if deaf := next((layer for layer in inner.layers() if isinstance(layer, Reweighting | Coordinatewise)), None):
         raise ConfigError(
             f"strategy: {deaf.name} does not look at {what}, which a bad client would send around it; {instead}"
         )
 
 
-def listed(kept: Mapping[str, object]) -> dict[str, Tensor]:
-    """The tensors of a part of a state."""
-    return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+def tensors_of(state: State, name: str) -> dict[str, Tensor]:
+    """The tensors of a part of a state; none before the first round."""
+    return {key: value for key, value in part(state, name).items() if isinstance(value, Tensor)}

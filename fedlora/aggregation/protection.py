@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.alternating import FFA
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
-from fedlora.aggregation.extras import listed, mean_extras, require_watched
+from fedlora.aggregation.extras import mean_extras, require_watched, tensors_of
 from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, part
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
@@ -39,7 +39,7 @@ class OLoRA(Wrapper):
         super().__init__(inner)
         if not weight >= 0:
             raise ConfigError(f"strategy: o_lora.weight must be at least 0, not {weight}")
-        if isinstance(inner.layers()[-1] if isinstance(inner, Wrapper) else inner, FFA):
+        if isinstance(inner.layers()[-1], FFA):
             raise ConfigError(
                 "strategy: o_lora keeps a trained A out of what was frozen, and ffa trains no A; use inflora"
             )
@@ -109,7 +109,7 @@ class Important(Wrapper):
         return super().plan(ctx, client, state).adding(self.name, weight=self.weight, samples=float(self.samples))
 
     def broadcast(self, client: ClientInfo, ctx: RoundContext, state: State) -> Mapping[str, Tensor]:
-        known = listed(part(state, "importance"))
+        known = tensors_of(state, "importance")
         blank = _blank(ctx.adapter)
         extras = {f"importance/{name}": known.get(name, zeros).clone() for name, zeros in blank.items()}
         return {**super().broadcast(client, ctx, state), **extras}
@@ -123,7 +123,7 @@ class Important(Wrapper):
 
     def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
         # sums of rows and of columns of several tasks are those of their sum
-        old, now = listed(part(state, "importance")), listed(part(state, "now"))
+        old, now = tensors_of(state, "importance"), tensors_of(state, "now")
         total = {
             name: now.get(name, zeros) + self.decay * old.get(name, zeros) for name, zeros in _blank(adapter).items()
         }

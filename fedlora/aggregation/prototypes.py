@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
-from fedlora.aggregation.coordinate import Coordinatewise
-from fedlora.aggregation.robust import Reweighting
+from fedlora.aggregation.extras import require_watched
 from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
@@ -70,12 +69,7 @@ class Prototypes(Wrapper):
                 f"strategy: prototypes makes one head for all, and {described(inner)} keeps heads on the clients; use"
                 " flexlora, zero_pad, fedit or head_only"
             )
-        layers = inner.layers() if isinstance(inner, Wrapper) else []
-        if deaf := next((layer for layer in layers if isinstance(layer, Reweighting | Coordinatewise)), None):
-            raise ConfigError(
-                f"strategy: {deaf.name} does not look at class means, which a bad client would send around it; leave"
-                " one of them out"
-            )
+        require_watched(self.name, inner, "class means", "leave one of them out")
         self.metric, self.scale, self.memory, self.rows, self.head = metric, scale, memory, rows, head
         self.traits = replace(
             inner.traits, exact=False, linear=False, idempotent=False, weighted=False, writes_head=True

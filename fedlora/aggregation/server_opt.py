@@ -28,7 +28,7 @@ class ServerOptimizer(Wrapper):
 
     def __init__(self, inner: Strategy):
         super().__init__(inner)
-        layers = inner.layers() if isinstance(inner, Wrapper) else []
+        layers = inner.layers()
         if other := next((layer.name for layer in layers if isinstance(layer, ServerOptimizer)), None):
             raise ConfigError(f"strategy: {self.name} over {other} would be two server optimisers; keep one")
         require_free_head(self.name, inner)

@@ -16,12 +16,11 @@ from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.adapter.subspace import design, grown, outside, probes, root_of
 from fedlora.aggregation.alternating import FFA
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
-from fedlora.aggregation.coordinate import Coordinatewise
+from fedlora.aggregation.extras import require_watched, tensors_of
 from fedlora.aggregation.local import Scaffold
-from fedlora.aggregation.robust import Reweighting
 from fedlora.aggregation.server_opt import ServerOptimizer
 from fedlora.aggregation.staleness import Staleness
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, part
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
 from fedlora.seeds import derive_seed
@@ -54,19 +53,15 @@ class InfLoRA(Wrapper):
 
     def __init__(self, inner: Strategy, energy: float = 0.95, width: int = 64, rows: int = 64, refresh: bool = True):
         super().__init__(inner)
-        layers = inner.layers() if isinstance(inner, Wrapper) else [inner]
+        layers = inner.layers()
         rule = layers[-1]
         if not isinstance(rule, FFA):
             raise ConfigError(
                 f"strategy: inflora chooses A and has clients train B alone, and {rule.name} does not keep one A for"
                 " everyone; use [inflora, ffa], or o_lora over this rule"
             )
+        require_watched(self.name, inner, "sketches of inputs", "use clip, or o_lora over zero_pad")
         for layer in layers:
-            if isinstance(layer, Reweighting | Coordinatewise):
-                raise ConfigError(
-                    f"strategy: {layer.name} does not look at sketches of inputs, which a bad client would send around"
-                    " it; use clip, or o_lora over zero_pad"
-                )
             if isinstance(layer, ServerOptimizer | Scaffold | Staleness):
                 raise ConfigError(
                     f"strategy: {layer.name} carries B from round to round, and inflora gives B other rows of A in the"
@@ -98,13 +93,13 @@ class InfLoRA(Wrapper):
 
     def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
         outcome = super().aggregate(updates, ctx, state)
-        memory = _tensors(state, "memory")
-        inputs = _mean_inputs(updates) if self._measures(state) else _tensors(state, "inputs")
+        memory = tensors_of(state, "memory")
+        inputs = _mean_inputs(updates) if self._measures(state) else tensors_of(state, "inputs")
         outcome = replace(outcome, state={**outcome.state, "inputs": inputs, "memory": memory})
         return outcome if "inputs" in state else self._designed(outcome, inputs, memory, ctx)
 
     def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
-        memory, inputs = dict(_tensors(state, "memory")), _tensors(state, "inputs")
+        memory, inputs = dict(tensors_of(state, "memory")), tensors_of(state, "inputs")
         for path, update in adapter.modules.items():
             M, (F, trace) = _remembered(memory, path, update), self._root(path, update, inputs)
             # the next pair needs a row of its own for each of its components
@@ -162,7 +157,3 @@ def _mean_inputs(updates: Sequence[Contribution]) -> dict[str, Tensor]:
 def _remembered(memory: Mapping[str, Tensor], path: str, update: LowRank) -> Tensor:
     """M [in, c] of a module in float64; no columns before the first freeze."""
     return memory[path].double() if path in memory else torch.zeros(update.shape[1], 0, dtype=torch.float64)
-
-
-def _tensors(state: State, name: str) -> dict[str, Tensor]:
-    return {key: tensor for key, tensor in part(state, name).items() if isinstance(tensor, Tensor)}

@@ -59,14 +59,12 @@ class Wrapper(Strategy):
         return self.inner.broadcast(client, ctx, part(state, "inner"))
 
     def layers(self) -> list[Strategy]:
-        """This wrapper, those inside it, and the rule at the core."""
-        inner = self.inner
-        return [self, *(inner.layers() if isinstance(inner, Wrapper) else [inner])]
+        return [self, *self.inner.layers()]
 
 
 def require_whole_cohort(name: str, inner: Strategy) -> None:
     """Raise ``ConfigError`` if a layer inside needs every client's extra tensors, which ``name`` would leave out."""
-    layers = inner.layers() if isinstance(inner, Wrapper) else [inner]
+    layers = inner.layers()
     if greedy := next((layer for layer in layers if layer.traits.whole_cohort), None):
         raise ConfigError(
             f"strategy: {greedy.name} must hear from every client, and {name} leaves some out; use fedprox"
@@ -75,7 +73,7 @@ def require_whole_cohort(name: str, inner: Strategy) -> None:
 
 def require_free_head(name: str, inner: Strategy) -> None:
     """Raise ``ConfigError`` if a layer inside makes the head itself, which ``name`` would move afterwards."""
-    layers = inner.layers() if isinstance(inner, Wrapper) else [inner]
+    layers = inner.layers()
     if writers := [layer.name for layer in layers if layer.traits.writes_head]:
         writer = writers[-1]  # the layers over it only pass the trait on
         raise ConfigError(
