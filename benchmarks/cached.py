@@ -7,6 +7,7 @@ and most of the work.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,22 @@ def shorten(base: Base, frozen: int) -> Base:
     bert.embeddings = Below(bert.embeddings, bert.encoder.layer[:frozen])
     for i in range(frozen):
         bert.encoder.layer[i] = Passed()
-    last = bert.encoder.layer[-1]
-    whole = last.feed_forward_chunk
-    last.feed_forward_chunk = lambda hidden: whole(hidden[:, :1])  # the head reads the first token, and no other
+    bert.encoder.layer[-1].attention.forward = partial(_of_first, bert.encoder.layer[-1].attention)
     return base
+
+
+def _of_first(attention: Any, hidden: Tensor, mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    """A last layer's attention for the first token, which is all that the head reads."""
+    heads = attention.self
+    first = hidden[:, :1]
+
+    def split(projected: Tensor) -> Tensor:
+        return projected.unflatten(2, (-1, heads.attention_head_size)).transpose(1, 2)
+
+    query, key, value = split(heads.query(first)), split(heads.key(hidden)), split(heads.value(hidden))
+    mask = mask if mask is None else mask[:, :, :1]
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=heads.scaling)
+    return attention.output(mixed.transpose(1, 2).flatten(2), first), None
 
 
 class SharedPool(LocalPool):

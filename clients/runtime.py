@@ -43,7 +43,7 @@ from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import steps_of
-from fedlora.training.evaluate import evaluate
+from fedlora.training.evaluate import HARD_POOL, evaluate, hardest
 from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
@@ -144,7 +144,8 @@ class ClientRuntime:
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
         begun = replace(begun, extras=extras, kept=private.methods, frozen=partial(frozen, task.ledger))
-        rows, buffer = self._examples("train", task.client, task.stage), self._replayed(task)
+        rows = self._examples("train", task.client, task.stage)
+        buffer = self._replayed(task, model)
         examples = [*rows.examples, *buffer] if examples is None else examples
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
@@ -301,19 +302,30 @@ class ClientRuntime:
             return None
         return labels_of(self.stream, self._course.met_by(task.client, task.round) - {task.stage})
 
-    def _replayed(self, task: TrainTask) -> list[Example]:
-        """What the client trains on beside its present task: its buffer of earlier ones."""
+    def _replayed(self, task: TrainTask, model: Any = None) -> list[Example]:
+        """What the client trains on beside its present task: its buffer of earlier ones.
+
+        Args:
+            model: as received, which says what is hard; without it, a buffer of hard rows is one of any rows.
+        """
         settings = self._config.continual
         if self._course is None or settings is None or not settings.replay or task.stage is None:
             return []
+        replay = settings.replay
         earlier = self._course.met_by(task.client, task.round) - {task.stage}
-        key = "replay", task.client, tuple(sorted(earlier))
+        choosing = replay.hard and model is not None
+        size = replay.rows * (HARD_POOL if choosing else 1)
+        key = "replay", task.client, size, tuple(sorted(earlier))
         if key not in self._encoded:
-            corpus, replay = self.corpus, settings.replay
-            labels = corpus.train["label"] if replay.balanced else None
-            rows = kept_rows(self.stream.tasks, earlier, task.client, replay.rows, labels, self._config.seed)
-            self._encoded[key] = self._encode(corpus.train.select(rows), f"buffer of {task.client}")
-        return self._encoded[key].examples
+            labels = self.corpus.train["label"][:] if replay.balanced else None
+            rows = kept_rows(self.stream.tasks, earlier, task.client, size, labels, self._config.seed)
+            self._encoded[key] = self._encode(self.corpus.train.select(rows), f"buffer of {task.client}")
+        examples = self._encoded[key].examples
+        if not choosing or len(examples) <= replay.rows:
+            return examples
+        base, batch_size = self._model().base, self._config.training.per_device_eval_batch_size
+        labels = self._competing(task, examples)
+        return hardest(examples, replay.rows, model, batch_size, base.tokenizer.pad_token_id, base.device, labels)
 
     def _scored_among(self, task: EvalTask) -> tuple[int, ...]:
         """The labels that a test row is scored against; none for all."""

@@ -25,6 +25,9 @@ class ReplayConfig(Section):
 
     rows: int = Field(50, ge=1, description="of each client's buffer, over all earlier tasks")
     balanced: bool = Field(False, description="as many rows of each label; else every row is as likely to stay")
+    hard: bool = Field(
+        False, description="keep four times as many, and train on those that the received model finds hardest"
+    )
 
 
 class ContinualConfig(Section):

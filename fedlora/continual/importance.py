@@ -29,10 +29,11 @@ from fedlora.aggregation.combine import part_of
 from fedlora.data.text import Example
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import collate
+from fedlora.training.evaluate import HARD_POOL, hardest
 from fedlora.training.methods import LOCAL_METHODS, Answer, Local, LocalMethod, Memory, Start, Tensors
 from fedlora.training.objective import among, targets_and_logits
 
-_HARD_POOL = 4  # rows looked at for each hard one that is kept
+_BATCH = 16
 
 
 class Importance(LocalMethod):
@@ -126,10 +127,9 @@ class OnlineLoRA(Importance):
     def choose(self, local: Local) -> Sequence[Example]:
         rows = list(local.examples)
         draw = random.Random(derive_seed(local.seed, 0, "", "importance"))
-        pool = draw.sample(rows, min(_HARD_POOL * self.samples, len(rows)))
-        losses = {place: _loss(local, row) for place, row in enumerate(pool)}
-        hardest = sorted(losses, key=lambda place: -losses[place])[: self.samples]
-        return [pool[place] for place in sorted(hardest)]
+        pool = draw.sample(rows, min(HARD_POOL * self.samples, len(rows)))
+        device = next(iter(local.parameters.values())).device
+        return hardest(pool, self.samples, local.model, _BATCH, local.pad_token_id, device, local.labels)
 
 
 def measure(local: Local, rows: Sequence[Example], objective: Any, paths: set[str]) -> dict[str, Tensor]:
@@ -192,11 +192,3 @@ def _nothing(layers: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str
         found[f"{path}:rows"] = torch.zeros(layer.out_features)
         found[f"{path}:columns"] = torch.zeros(layer.in_features)
     return found
-
-
-@torch.no_grad()
-def _loss(local: Local, row: Example) -> float:
-    device = next(iter(local.parameters.values())).device
-    with inspecting(local.model):
-        logits, targets, _ = targets_and_logits(local.model, collate([row], local.pad_token_id, device))
-    return float(cross_entropy(among(logits, local.labels), targets))

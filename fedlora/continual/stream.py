@@ -135,7 +135,7 @@ def _matching(one: StreamTaskConfig, table: Dataset) -> set[int]:
             raise DataError(
                 f"continual: task {one.name} asks for the column {column}{nearest(column, table.column_names)}"
             )
-        rows = {row for row, value in enumerate(table[column]) if row in rows and str(value) in values}
+        rows = {row for row, value in enumerate(table[column][:]) if row in rows and str(value) in values}
     return rows
 
 

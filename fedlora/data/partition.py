@@ -46,7 +46,7 @@ class Corpus:
         if not self.labels:
             return {}
         column = self.train.select(self.shards[client])["label"]
-        return dict(sorted(Counter(column).items()))
+        return dict(sorted(Counter(column[:]).items()))
 
 
 def open_corpus(data: DataConfig, count: int, seed: int, task: str = "auto") -> Corpus:
@@ -198,7 +198,7 @@ def _split_off_test(
     draw = np.random.default_rng(derive_seed(seed, 0, "", "test split"))
     groups: dict[Any, list[int]] = dict(shards)
     if not groups:
-        keys = train.table["label"] if train.form == "classification" else [None] * len(train.table)
+        keys = train.table["label"][:] if train.form == "classification" else [None] * len(train.table)
         for row, key in enumerate(keys):
             groups.setdefault(key, []).append(row)
     held = sorted(
@@ -222,12 +222,13 @@ def _sample(table: Dataset, size: int, seed: int, purpose: str) -> Dataset:
 
 
 def _label_set(train: Rows, test: Rows, data: DataConfig) -> tuple[str, ...]:
-    labels = tuple(data.labels) if data.labels else tuple(sorted(set(train.table["label"])))
+    labels = tuple(data.labels) if data.labels else tuple(sorted(set(train.table["label"][:])))
     if len(labels) < 2:
         raise DataError(f"data: {train.origin} has only the label {labels[0]!r}; a classifier needs at least two")
+    known = set(labels)
     for rows in (train, test):
-        for row, label in enumerate(rows.table["label"]):
-            if label not in labels:
+        for row, label in enumerate(rows.table["label"][:]):
+            if label not in known:
                 raise DataError(
                     f"data: row {row} of {rows.origin} has the label {label!r}, which is not in the label set of"
                     f" {len(labels)}{nearest(label, labels)}"
