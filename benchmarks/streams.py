@@ -65,6 +65,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "prototypes": {"strategy": ["prototypes", "flexlora"]},
     "head_only": {"strategy": "head_only", "lora": HEAD_ALONE},
     "head_only + prototypes": {"strategy": ["prototypes", "head_only"], "lora": HEAD_ALONE},
+    "head_only + discriminant": {
+        "strategy": [{"prototypes": {"metric": "mahalanobis", "memory": 1.0}}, "head_only"],
+        "lora": HEAD_ALONE,
+    },
     "replay": REPLAY,
     "replay + lwf": {**REPLAY, "strategy": ["lwf", "flexlora"]},
     "per task": {"continual": {"isolated": True}},

@@ -5,7 +5,7 @@ The hooks themselves run in local training, see ``fedlora.continual.prototypes``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo, TrainPlan
 
-METRICS = ("cosine", "euclidean")
+METRICS = ("cosine", "euclidean", "mahalanobis")
 HEADS = ("classifier", "score", "classification_head", "head")
 REACH = 4.0  # a feature is at most so many times as long as the longest mean
 
@@ -32,10 +32,13 @@ class Prototypes(Wrapper):
     that has been met. The first round in which a label is met makes its mean, so adapters learn of it from the next.
 
     Args:
-        metric: cosine, or euclidean, which needs a head with a bias.
+        metric: cosine, or euclidean or mahalanobis, which need a head with a bias. Mahalanobis is linear discriminant
+            analysis: distances in units of the covariance that features have around their label's mean, for which
+            every client sends a matrix [d, d] more.
         scale: of the logits.
         memory: share of what earlier rounds saw of a label that still counts where a round sees it again; 0 takes
             the last round that saw it alone, 1 all of them, which is right where features do not drift.
+        shrinkage: share of the mean variance in the covariance, which may be singular without; mahalanobis alone.
         rows: at most so many of a client's rows are looked at, drawn anew in every round; default all.
         head: path of the head's last layer; default what is trained in full under a usual name of a head.
     """
@@ -44,8 +47,12 @@ class Prototypes(Wrapper):
     equation = (
         "m_c = sum_k n_k s_kc m_kc / sum_k n_k s_kc;  cosine: w_c = scale m_c / |m_c|, b_c = 0;"
         "  euclidean: w_c = scale m_c, b_c = -scale |m_c|^2 / 2"
+        "  mahalanobis: w_c = scale S^-1 m_c, b_c = -scale m_c^T S^-1 m_c / 2, S pooled within labels"
     )
-    source = "FedNCM (Legate et al., 2023, arXiv 2306.03937); class means as in iCaRL (Rebuffi et al., 2017)"
+    source = (
+        "FedNCM (Legate et al., 2023, arXiv 2306.03937); class means as in iCaRL (Rebuffi et al., 2017);"
+        " mahalanobis: streaming LDA (Hayes and Kanan, 2020, arXiv 1909.01520)"
+    )
 
     def __init__(
         self,
@@ -53,16 +60,17 @@ class Prototypes(Wrapper):
         metric: str = "cosine",
         scale: float = 1.0,
         memory: float = 0.5,
+        shrinkage: float = 0.1,
         rows: int | None = None,
         head: str | None = None,
     ):
         super().__init__(inner)
         if metric not in METRICS:
             raise ConfigError(f"strategy: prototypes.metric is {' or '.join(METRICS)}, not {metric}")
-        if not (scale > 0 and 0 <= memory <= 1 and (rows is None or rows >= 1)):
+        if not (scale > 0 and 0 <= memory <= 1 and 0 < shrinkage <= 1 and (rows is None or rows >= 1)):
             raise ConfigError(
-                "strategy: prototypes needs scale > 0, memory from 0 to 1 and rows of at least 1, not"
-                f" {scale}, {memory} and {rows}"
+                "strategy: prototypes needs scale > 0, memory from 0 to 1, shrinkage above 0 up to 1 and rows of at"
+                f" least 1, not {scale}, {memory}, {shrinkage} and {rows}"
             )
         if inner.traits.personal:
             raise ConfigError(
@@ -71,10 +79,13 @@ class Prototypes(Wrapper):
             )
         require_watched(self.name, inner, "class means", "leave one of them out")
         self.metric, self.scale, self.memory, self.rows, self.head = metric, scale, memory, rows, head
+        self.shrinkage, self.pooled = shrinkage, metric == "mahalanobis"
         self.traits = replace(
             inner.traits, exact=False, linear=False, idempotent=False, weighted=False, writes_head=True
         )
         self.traffic = inner.traffic.with_extras(dense=True)
+        if self.pooled:
+            self.traffic = self.traffic.with_extras(dense=True)
 
     def plan(self, ctx: RoundContext, client: ClientInfo, state: State) -> TrainPlan:
         return super().plan(ctx, client, state).adding("prototypes", rows=self.rows or 0)
@@ -83,6 +94,8 @@ class Prototypes(Wrapper):
         path = self.place(ctx.adapter.dense)
         weight = ctx.adapter.dense[f"{path}.weight"]
         room = {"means": torch.zeros(weight.shape), "shares": torch.zeros(len(weight))}
+        if self.pooled:
+            room["covariance"] = torch.zeros(weight.shape[1], weight.shape[1])
         sent = {f"prototypes/{path}/{name}": tensor for name, tensor in room.items()}
         return {**super().broadcast(client, ctx, state), **sent}
 
@@ -99,16 +112,20 @@ class Prototypes(Wrapper):
         outcome = super().aggregate(updates, ctx, state)
         path = self.place(ctx.adapter.dense)
         size = ctx.adapter.dense[f"{path}.weight"].shape
-        sums, rows = gather(updates, f"prototypes/{path}", size)
+        channel = f"prototypes/{path}"
+        sums, rows = gather(updates, channel, size)
         means, mass = self._remembered(sums, rows, state)
-        dense = {**outcome.adapter.dense, **self._written(path, means, mass > 0, outcome.adapter.dense)}
         kept = {**outcome.state, "means": means.float(), "rows": mass.float()}
+        if self.pooled:
+            scatter = gather_scatter(updates, channel, sums / rows.clamp(min=1e-30)[:, None])
+            kept |= self._pooled(scatter, float(rows.sum()), state)
+        dense = {**outcome.adapter.dense, **self._written(path, means, mass > 0, outcome.adapter.dense, kept)}
         told = {**outcome.metrics, "labels_with_a_mean": int((mass > 0).sum())}
         return replace(outcome, adapter=replace(outcome.adapter, dense=dense), state=kept, metrics=told)
 
     def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
         # a freeze leaves the function of the model as it is, and with it every mean
-        kept = {name: state[name] for name in ("means", "rows") if name in state}
+        kept = {name: state[name] for name in ("means", "rows", "covariance", "covered") if name in state}
         return {**super().freeze(adapter, ctx, state), **kept}
 
     def place(self, dense: Mapping[str, Tensor]) -> str:
@@ -124,8 +141,10 @@ class Prototypes(Wrapper):
                 f"strategy: prototypes.head is {path}, and no linear layer of that name is trained in full (these are:"
                 f" {_listed(dense)})"
             )
-        if self.metric == "euclidean" and f"{path}.bias" not in dense:
-            raise ConfigError(f"strategy: prototypes.metric: euclidean needs a bias, and {path} has none; use cosine")
+        if self.metric != "cosine" and f"{path}.bias" not in dense:
+            raise ConfigError(
+                f"strategy: prototypes.metric: {self.metric} needs a bias, and {path} has none; use cosine"
+            )
         return path
 
     def _remembered(self, sums: Tensor, rows: Tensor, state: State) -> tuple[Tensor, Tensor]:
@@ -138,9 +157,24 @@ class Prototypes(Wrapper):
         mixed = (before[:, None] * old + sums) / (before + rows).clamp(min=1e-30)[:, None]
         return torch.where(seen[:, None], mixed, old), torch.where(seen, before + rows, mass)
 
-    def _written(self, path: str, means: Tensor, seen: Tensor, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _pooled(self, scatter: Tensor, rows: float, state: State) -> dict[str, Tensor | float]:
+        """The covariance [d, d] around the means of labels, this round's included, and the rows it stands for."""
+        old, covered = state.get("covariance"), state.get("covered", 0.0)
+        before = self.memory * covered if isinstance(covered, float) else 0.0
+        if isinstance(old, Tensor):
+            scatter = scatter + before * old.double()
+        return {"covariance": (scatter / max(before + rows, 1e-30)).float(), "covered": before + rows}
+
+    def _written(
+        self, path: str, means: Tensor, seen: Tensor, dense: Mapping[str, Tensor], state: State
+    ) -> dict[str, Tensor]:
         """The head's last layer, by name."""
-        weight, bias = nearest_mean_head(means, seen, self.metric, self.scale)
+        covariance = state.get("covariance")
+        if self.pooled and isinstance(covariance, Tensor):
+            spread = shrunk(covariance.double(), self.shrinkage)
+            weight, bias = nearest_mean_head(means, seen, self.metric, self.scale, spread)
+        else:
+            weight, bias = nearest_mean_head(means, seen, self.metric, self.scale)
         like = dense[f"{path}.weight"]
         if f"{path}.bias" in dense:
             return {f"{path}.weight": weight.to(like), f"{path}.bias": bias.to(like)}
@@ -156,22 +190,56 @@ def gather(updates: Sequence[Contribution], channel: str, size: Sequence[int]) -
     same once more, plays no part. One of weight zero is left out.
     """
     sums, rows = torch.zeros(*size, dtype=torch.float64), torch.zeros(size[0], dtype=torch.float64)
+    for means, own, _ in _claims(updates, channel):
+        sums += own[:, None] * means
+        rows += own
+    return sums, rows
+
+
+def gather_scatter(updates: Sequence[Contribution], channel: str, means: Tensor) -> Tensor:
+    """Scatter [d, d] of all clients' features around the round's mean of their label, in float64.
+
+    What a client's rows scatter around its own means, and these around everybody's; the two add up exactly. A matrix
+    that is no covariance counts as the nearest one.
+
+    Args:
+        means: [C, d] over all clients.
+    """
+    total = torch.zeros(means.shape[1], means.shape[1], dtype=torch.float64)
+    for theirs, own, extras in _claims(updates, channel):
+        apart = theirs - means
+        total += apart.T @ (own[:, None] * apart)
+        if (covariance := extras.get(f"{channel}/covariance")) is not None:
+            values, vectors = torch.linalg.eigh((covariance.double() + covariance.double().T) / 2)
+            total += own.sum() * (vectors * values.clamp(min=0)) @ vectors.T
+    return total
+
+
+def _claims(updates: Sequence[Contribution], channel: str) -> Iterator[tuple[Tensor, Tensor, Mapping[str, Tensor]]]:
+    """Of every client that counts: its means [C, d], the rows [C] it may claim of each label, and all it sent."""
     for update in updates:
         means, shares = update.extras.get(f"{channel}/means"), update.extras.get(f"{channel}/shares")
         if update.weight > 0 and means is not None and shares is not None:
             claimed = shares.double().clamp(min=0)
-            own = claimed / claimed.sum().clamp(min=1) * update.client.num_examples
-            sums += own[:, None] * means.double()
-            rows += own
-    return sums, rows
+            yield means.double(), claimed / claimed.sum().clamp(min=1) * update.client.num_examples, update.extras
 
 
-def nearest_mean_head(means: Tensor, seen: Tensor, metric: str, scale: float) -> tuple[Tensor, Tensor]:
+def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
+    """The covariance [d, d] with a share of its mean variance in all directions, so that it can be inverted."""
+    eye = torch.eye(len(covariance), dtype=covariance.dtype)
+    variance = covariance.diagonal().mean()
+    return (1 - shrinkage) * covariance + shrinkage * (variance if variance > 0 else 1.0) * eye
+
+
+def nearest_mean_head(
+    means: Tensor, seen: Tensor, metric: str, scale: float, covariance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The linear head whose largest logit is that of the nearest mean, by angle or by distance.
 
     Args:
         means: [C, d].
         seen: [C], which labels have one.
+        covariance: [d, d], positive definite, whose distance is meant where there is one; the plain one without.
 
     Returns:
         weight [C, d], bias [C]. A label without a mean has a row of zeros, and a bias below all that a feature up to
@@ -185,7 +253,8 @@ def nearest_mean_head(means: Tensor, seen: Tensor, metric: str, scale: float) ->
         weight, bias = scale * means / lengths.clamp(min=1e-12)[:, None], torch.zeros_like(lengths)
     else:
         # -|h - m|^2 / 2 = m h - |m|^2 / 2 - |h|^2 / 2, and the last term is the same for every label
-        weight, bias = scale * means, -scale / 2 * lengths.square()
+        directions = means if covariance is None else torch.linalg.solve(covariance, means.T).T
+        weight, bias = scale * directions, -scale / 2 * (directions * means).sum(dim=1)
     steepest = torch.linalg.vector_norm(weight, dim=1).max()
     lowest = -REACH * lengths.max() * steepest + bias.min() - scale
     return weight, torch.where(seen, bias, lowest)

@@ -26,8 +26,8 @@ class Prototypes(LocalMethod):
 
     What the strategy sends, ``<path of the layer>/means`` [C, d] and ``/shares`` [C], comes back filled in: the mean
     input of that layer over the client's rows of each label, after training, and the label's share of the rows that
-    were looked at. Means and shares stay as small as one row however many there are, which the limit on the norm of an
-    update asks for.
+    were looked at. With ``/covariance`` [d, d], so does that of the inputs around these means. All of it stays as small
+    as one row however many there are, which the limit on the norm of an update asks for.
 
     Args:
         rows: at most so many are looked at; 0 for all.
@@ -46,7 +46,7 @@ class Prototypes(LocalMethod):
         if f":{path}.weight" not in start.trained:
             raise FedLoRAError(f"prototypes: {path} is not among what this client trains in full")
         head = {name: start.tensors[name] for name in (f":{path}.weight", f":{path}.bias") if name in start.trained}
-        return {"path": path, "head": head, "local": start.local}
+        return {"path": path, "head": head, "local": start.local, "pooled": f"{path}/covariance" in start.extras}
 
     def project(self, gradients: Tensors, raw: Tensors, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
         still = {name: torch.zeros_like(g) for name, g in gradients.items() if name in memory["head"]}
@@ -58,21 +58,33 @@ class Prototypes(LocalMethod):
             for name, tensor in memory["head"].items():
                 local.parameters[name].copy_(tensor)  # weight decay moves a parameter whatever its gradient is
         layer = _layer(local.model, local.parameters[f":{path}.weight"], path)
-        means, shares = class_means(local, layer, _chosen(local, self.rows))
-        return Answer({f"{path}/means": means, f"{path}/shares": shares})
+        rows = _chosen(local, self.rows)
+        found, targets = head_inputs(local, layer, rows)
+        means, shares = class_means(found, targets, layer.out_features)
+        told = {f"{path}/means": means.float(), f"{path}/shares": shares.float()}
+        if memory["pooled"]:
+            apart = found - means[targets]
+            told[f"{path}/covariance"] = (apart.T @ apart / max(len(found), 1)).float()
+        return Answer(told)
+
+
+def class_means(inputs: Tensor, targets: Tensor, labels: int) -> tuple[Tensor, Tensor]:
+    """Mean of the rows [n, d] of every label [C, d], zeros where it has none, and each label's share of them [C]."""
+    counts = torch.bincount(targets, minlength=labels).to(inputs)
+    sums = torch.zeros(labels, inputs.shape[1], dtype=inputs.dtype).index_add_(0, targets, inputs)
+    return sums / counts.clamp(min=1)[:, None], counts / max(len(inputs), 1)
 
 
 @torch.no_grad()
-def class_means(local: Local, layer: nn.Linear, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Mean input of ``layer`` over the rows of every label [C, d], and each label's share of the rows [C].
+def head_inputs(local: Local, layer: nn.Linear, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """What ``layer`` takes in of every row [n, d] in float64, and the row's label [n], shortest rows first.
 
-    A label without rows has a mean of zeros. Dropout is off; the model is left as it was.
+    Dropout is off; the model is left as it was.
 
     Raises:
         FedLoRAError: if the layer's outputs are not the model's logits.
     """
-    sums = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
-    counts = torch.zeros(layer.out_features, dtype=torch.float64)
+    found, labels = [torch.zeros(0, layer.in_features, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     with _inputs_of(layer) as caught, inspecting(local.model):
         for start in range(0, len(ordered), BATCH):
@@ -86,10 +98,9 @@ def class_means(local: Local, layer: nn.Linear, examples: Sequence[Example]) -> 
             features = caught.pop()
             if features.ndim == 3:  # a head that runs at every position, of which one is read
                 features = features[torch.arange(len(features)), _read_at(local, batch["input_ids"])]
-            targets = targets.cpu()
-            sums.index_add_(0, targets, features.double().cpu())
-            counts += torch.bincount(targets, minlength=len(counts))
-    return (sums / counts.clamp(min=1)[:, None]).float(), (counts / max(len(ordered), 1)).float()
+            found.append(features.double().cpu())
+            labels.append(targets.cpu())
+    return torch.cat(found), torch.cat(labels)
 
 
 def _chosen(local: Local, rows: int) -> Sequence[Example]:

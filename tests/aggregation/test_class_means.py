@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation import Aggregate, Contribution, RoundContext, compose
 from fedlora.aggregation.combine import combine
-from fedlora.aggregation.prototypes import among_the_seen, find_head, nearest_mean_head
+from fedlora.aggregation.prototypes import among_the_seen, find_head, nearest_mean_head, shrunk
 from fedlora.errors import ConfigError
 from fedlora.protocol import ClientInfo
 from fedlora.training.objective import among
@@ -90,6 +90,38 @@ def test_of_earlier_rounds_a_share_counts_where_a_label_is_seen_again() -> None:
     assert latest.state["means"][1].tolist() == [2.0, 0.0]
 
 
+def test_a_scatter_over_clients_is_that_of_all_their_rows_together() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 2, generator=draw, dtype=torch.float64) * torch.tensor([3.0, 0.5])
+    labels = torch.arange(40) % 3
+    owners = torch.arange(40) // 10  # client 0 has ten rows, client 1 thirty
+    said = []
+    for client, mine in (("c1", owners == 0), ("c2", owners > 0)):
+        own, names = rows[mine], labels[mine]
+        means = torch.stack([own[names == label].mean(dim=0) for label in range(3)])
+        shares = torch.bincount(names, minlength=3) / len(own)
+        apart = own - means[names]
+        update = sent(client, len(own), means.tolist(), shares.tolist())
+        covariance = {"prototypes/classifier/covariance": (apart.T @ apart / len(own)).float()}
+        said.append(replace(update, extras={**update.extras, **covariance}))
+    means = torch.stack([rows[labels == label].mean(dim=0) for label in range(3)])
+    apart = rows - means[labels]
+    options = {"metric": "mahalanobis", "memory": 1.0}
+    first = played(options, *said)
+    assert_close(first.state["covariance"].double(), apart.T @ apart / 40, atol=1e-5, rtol=1e-5)
+    # the same rows once more change neither means nor covariance, and count twice
+    second = played(options, *said, state=first.state, number=2)
+    assert_close(second.state["covariance"], first.state["covariance"])
+    assert (first.state["covered"], second.state["covered"]) == (40.0, 80.0)
+
+
+def test_a_matrix_that_is_no_covariance_counts_as_the_nearest_one() -> None:
+    update = sent("c1", 10, [[1.0, 0.0], [0.0, 2.0], NOTHING], [0.5, 0.5, 0.0])
+    liar = {"prototypes/classifier/covariance": torch.tensor([[2.0, 0.0], [0.0, -1000.0]])}
+    state = played({"metric": "mahalanobis"}, replace(update, extras={**update.extras, **liar})).state
+    assert_close(state["covariance"], torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+
+
 def test_what_else_is_trained_in_full_is_still_averaged() -> None:
     pooled = [
         sent(name, 10, [[1.0, 0.0]] * 3, [0.5, 0.5, 0.0], weight, {**HEAD, "pooler.weight": torch.full((2, 2), value)})
@@ -122,13 +154,19 @@ def random_means(labels: int = 12, size: int = 6) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 20.0])
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "mahalanobis"])
 def test_the_largest_logit_is_that_of_the_nearest_mean(metric: str, scale: float) -> None:
     means, features = random_means()
-    weight, bias = nearest_mean_head(means, torch.ones(12, dtype=torch.bool), metric, scale)
+    spread = torch.diag(torch.linspace(0.1, 5.0, means.shape[1], dtype=torch.float64))
+    spread[0, 1] = spread[1, 0] = 0.05
+    covariance = shrunk(spread, 0.1) if metric == "mahalanobis" else None
+    weight, bias = nearest_mean_head(means, torch.ones(12, dtype=torch.bool), metric, scale, covariance)
     came = linear(features, weight, bias).argmax(dim=1)
     if metric == "cosine":
         nearest = torch.cosine_similarity(features[:, None], means, dim=2).argmax(dim=1)
+    elif covariance is not None:
+        apart = features[:, None] - means
+        nearest = torch.einsum("ncd,de,nce->nc", apart, covariance.inverse(), apart).argmin(dim=1)
     else:
         nearest = torch.cdist(features, means).argmin(dim=1)
     assert torch.equal(came, nearest)
@@ -181,6 +219,11 @@ def test_the_head_is_found_by_its_name() -> None:
             "which of classifier.0, classifier.2 .* say so: {prototypes: {head: classifier.2}}",
         ),
         ({"head": "clasifier"}, HEAD, "prototypes.head is clasifier, and no linear layer of that name"),
+        (
+            {"metric": "mahalanobis"},
+            {"score.weight": torch.zeros(3, 2)},
+            "mahalanobis needs a bias, and score has none",
+        ),
         ({"metric": "euclidean"}, {"score.weight": torch.zeros(3, 2)}, "euclidean needs a bias, and score has none"),
     ],
 )

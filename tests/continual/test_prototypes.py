@@ -84,6 +84,16 @@ def test_the_means_are_those_of_what_the_head_sees_of_each_label() -> None:
     assert answer["prototypes/classifier/shares"].tolist() == [0.5, 0.5, 0.0]
 
 
+def test_where_it_is_asked_for_the_covariance_is_that_around_the_means_of_labels() -> None:
+    start = begun(adapted(), "classifier", ROWS)
+    room = {"prototypes/classifier/covariance": torch.zeros(32, 32)}
+    answer = asked(replace(start, extras={**start.extras, **room})).extras
+    features = inputs_of_the_head(start.local.model, ROWS)
+    apart = torch.cat([part - part.mean(dim=0) for part in (features[0::2], features[1::2])])
+    assert_close(answer["prototypes/classifier/covariance"], apart.T @ apart / 10)
+    assert "prototypes/classifier/covariance" not in asked(start).extras
+
+
 def test_a_head_that_runs_at_every_position_is_looked_at_where_it_is_read() -> None:
     client = adapted("builtin:tiny-llama")
     start = begun(client, "score", ROWS)
@@ -158,8 +168,8 @@ def rounds(toy: Toy) -> Callable[..., Iterator[Any]]:
     return play
 
 
-def whole_means(config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Means of the base's own features over the training rows of all clients, and which labels have any."""
+def whole_means(config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the base's own features over all clients' training rows, which labels have any, and the covariance."""
     runtime = ClientRuntime(config)
     rows = [row for member in runtime.members() for row in runtime._examples("train", member.id).examples]
     info = runtime._model().info()
@@ -169,18 +179,22 @@ def whole_means(config: RunConfig) -> tuple[Tensor, Tensor]:
     labels = torch.tensor([row.labels for row in rows])
     count = len(runtime.corpus.labels)
     means = torch.stack([features[labels == label].mean(dim=0) for label in range(count)])
-    return means, torch.isfinite(means).all(dim=1)
+    apart = features - means[labels]
+    return means, torch.isfinite(means).all(dim=1), apart.T @ apart / len(apart)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "mahalanobis"])
 def test_over_head_only_the_run_is_the_nearest_mean_over_everybodys_rows(
     toy: Toy, rounds: Callable[..., Iterator[Any]], metric: str
 ) -> None:
     strategy = [{"prototypes": {"metric": metric}}, "head_only"]
     states = rounds(strategy=strategy)
     initial, first, second = (next(states) for _ in range(3))
-    means, seen = whole_means(toy(strategy=strategy))
+    means, seen, covariance = whole_means(toy(strategy=strategy))
     assert seen.all()
+    if metric == "mahalanobis":
+        assert_close(first.strategy["covariance"], covariance, atol=1e-5, rtol=1e-4)
+        assert_close(second.strategy["covariance"], covariance, atol=1e-5, rtol=1e-4)
     assert_close(first.strategy["means"], means, atol=1e-5, rtol=1e-4)
     # features do not drift, so the next round finds the same
     assert_close(second.strategy["means"], first.strategy["means"], atol=1e-5, rtol=1e-4)
