@@ -196,7 +196,7 @@ class ClientRuntime:
             with contextlib.suppress(FedLoRAError):
                 theirs = assault.task_of(client, task)
                 if self._course is not None:
-                    theirs = replace(theirs, stage=self._course.task_of(client, task.round))
+                    theirs = replace(theirs, stage=self._course.after(task.ended).task_of(client, task.round))
                 deltas.append(self._honest(theirs).delta)
         return deltas
 
@@ -282,7 +282,7 @@ class ClientRuntime:
         settings = self._config.continual
         if self._course is None or settings is None or settings.loss_labels == "all" or task.stage is None:
             return ()
-        met = {task.stage} if settings.loss_labels == "task" else self._course.met_by(task.client, task.round)
+        met = {task.stage} if settings.loss_labels == "task" else self._met(task)
         labels = labels_of(self.stream, met)
         present = {example.labels for example in examples if isinstance(example.labels, int)}
         return tuple(sorted({*labels, *present})) if labels else ()
@@ -300,7 +300,12 @@ class ClientRuntime:
         apart = settings is not None and settings.scenario != "domain" and self.corpus.labels
         if self._course is None or task.stage is None or not apart:
             return None
-        return labels_of(self.stream, self._course.met_by(task.client, task.round) - {task.stage})
+        return labels_of(self.stream, self._met(task) - {task.stage})
+
+    def _met(self, task: TrainTask) -> frozenset[int]:
+        """The tasks of the stream that a client has met up to and with its present one."""
+        assert self._course is not None
+        return self._course.after(task.ended).met_by(task.client, task.round)
 
     def _replayed(self, task: TrainTask, model: Any = None) -> list[Example]:
         """What the client trains on beside its present task: its buffer of earlier ones.
@@ -312,7 +317,7 @@ class ClientRuntime:
         if self._course is None or settings is None or not settings.replay or task.stage is None:
             return []
         replay = settings.replay
-        earlier = self._course.met_by(task.client, task.round) - {task.stage}
+        earlier = self._met(task) - {task.stage}
         choosing = replay.hard and model is not None
         size = replay.rows * (HARD_POOL if choosing else 1)
         key = "replay", task.client, size, tuple(sorted(earlier))

@@ -125,6 +125,7 @@ class TrainTask:
         accepted: round of the client's last update that counted, 0 before the first; what it keeps to itself goes on
             from there.
         stage: the task of the stream whose rows it trains on; None for all its rows.
+        ended: the rounds with which tasks of the stream have ended so far, where a rule may end them early.
     """
 
     round: int
@@ -136,6 +137,7 @@ class TrainTask:
     ledger: tuple[Patch, ...] = ()
     accepted: int = 0
     stage: int | None = None
+    ended: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

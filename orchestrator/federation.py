@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.adapter.initial import initial_adapter
@@ -41,6 +41,7 @@ class Federation:
         ledger_rank: rank per module the base's patches are recompressed to; None where nothing may be lost.
         emit: called with an event's name and fields.
         course: of a stream of tasks; None without one.
+        stops: of every task of the stream, what may end it before its rounds are over.
         freezer: says when the adapter goes into the base; None without a stream.
         merging: how what was frozen becomes one model; None for the plain sum.
         isolated: every task of a stream has an adapter of its own, and the base stays bare.
@@ -69,6 +70,7 @@ class Federation:
     training: TrainingConfig
     fleet: Fleet | None = None
     course: Course | None = None
+    stops: Sequence[Policy | None] = ()
     freezer: Policy | None = None
     merging: Merging | None = None
     isolated: bool = False
@@ -81,6 +83,18 @@ class Federation:
     def places(self) -> Mapping[str, int]:
         """Where each member stands in the fixed order; looked up, so that a round costs what its clients cost."""
         return {member.id: place for place, member in enumerate(self.members)}
+
+    def now(self, state: RunState) -> Federation:
+        """As it stands after the rounds of ``state``: where tasks have ended early, the stream is a shorter one."""
+        if self.course is None or state.stream is None or state.stream.ended == self.course.ended:
+            return self
+        course = self.course.after(state.stream.ended)
+        return replace(self, course=course, rounds=course.total)
+
+    @property
+    def ended(self) -> tuple[int, ...]:
+        """The rounds with which tasks have ended, where a rule may end them early."""
+        return self.course.ended if self.course else ()
 
     def stage(self, client: str, number: int) -> int | None:
         """The task of the stream whose rows a client trains on in a round; None for all its rows."""

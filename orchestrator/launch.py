@@ -29,7 +29,7 @@ from orchestrator.checkpoint import commit, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
 from orchestrator.lease import Lease, hold, refuse_if_held
-from orchestrator.opening import check_base, describe_members, first_state, open_federation
+from orchestrator.opening import check_base, describe_members, first_state, open_federation, rounds_of
 from orchestrator.pools import open_pool
 from orchestrator.report import write_report
 from orchestrator.results import finish
@@ -135,7 +135,7 @@ def _finished_summary(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     if summary.get("status") != "finished":
         return None
     state, problems = load_latest(folder)
-    whole = state is not None and state.round >= config.rounds and state.config_sha256 == config.sha256()
+    whole = state is not None and state.round >= rounds_of(config, state) and state.config_sha256 == config.sha256()
     return summary if whole and not problems else None
 
 
@@ -205,7 +205,7 @@ def _session(
                 _catch_up_metrics(metrics, state)
                 facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
                 fed.emit("run_started", facts | {"clients": describe_members(fed.members)})
-                while state.round < config.rounds:
+                while state.round < fed.now(state).rounds:
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()
                 return finish(config, folder, state, fed, base, began)

@@ -15,7 +15,7 @@ from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.continual.course import Course
 from fedlora.continual.merging import build_merging
-from fedlora.continual.plateau import build_policy
+from fedlora.continual.plateau import build_policy, build_stop
 from fedlora.errors import RunFolderError
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
 from orchestrator.federation import Emit, Federation
@@ -75,6 +75,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         training=config.training,
         fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
         course=Course.of(config.continual, config.seed) if config.continual else None,
+        stops=[build_stop(rule) if rule else None for rule in config.continual.stops] if config.continual else (),
         freezer=build_policy(config.continual.freeze) if config.continual else None,
         merging=merging,
         isolated=bool(config.continual and config.continual.isolated),
@@ -99,6 +100,13 @@ def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
     found = evaluate_global(replace(fed, evaluate_clients=False), state)
     stream = Progress().begun(found.tasks) if found.tasks else None
     return replace(state, initial=found.scores, stream=stream)
+
+
+def rounds_of(config: RunConfig, state: RunState) -> int:
+    """Rounds of a run that has come so far; tasks of a stream may have ended early."""
+    if config.continual is None or state.stream is None:
+        return config.rounds
+    return Course.of(config.continual, config.seed).after(state.stream.ended).total
 
 
 def check_base(state: RunState, base: BaseInfo, folder: Path) -> None:

@@ -79,7 +79,7 @@ class Outbox:
         if key not in self._expected:
             payload, patches = self._payloads[flight.received], self._patches[: flight.patches]
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
-            task = TrainTask(*which, patches, flight.accepted, flight.stage)
+            task = TrainTask(*which, patches, flight.accepted, flight.stage, self._fed.ended)
             member = self._fed.members[self._fed.places[flight.client]]
             client = _at_rank(member.at(flight.stage), flight.plan.rank)
             form = self._form(flight.received, flight.plan.send)

@@ -39,6 +39,8 @@ class Progress:
         clients: the same on each client's held-out rows; a client appears with the first task it could be scored on.
         freezes: rounds after which the adapter went into the base; the ledger has the evidence.
         policy: the state of what decides that.
+        ended: the rounds with which tasks have ended, where a rule may end them early; else none.
+        stop: the state of the rule that may end the present one.
         prototypes: task -> mean feature of its rows under the bare base; empty unless rows are routed by it.
     """
 
@@ -47,6 +49,8 @@ class Progress:
     freezes: tuple[int, ...] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
     prototypes: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    ended: tuple[int, ...] = ()
+    stop: Mapping[str, Any] = field(default_factory=dict)
 
     def begun(self, tasks: TaskScores) -> Progress:
         """With the scores before the first task."""
@@ -66,6 +70,7 @@ class Progress:
         clients = {client: scores.to_json() for client, scores in self.clients.items()}
         prototypes = {str(task): list(mean) for task, mean in self.prototypes.items()}
         rest = {"freezes": list(self.freezes), "policy": dict(self.policy), "prototypes": prototypes}
+        rest |= {"ended": list(self.ended), "stop": dict(self.stop)}
         return {"scores": self.scores.to_json(), "clients": clients, **rest}
 
     @staticmethod
@@ -73,4 +78,5 @@ class Progress:
         """Inverse of ``note``. Raises KeyError or TypeError for anything else."""
         clients = {client: Scores.from_json(scores) for client, scores in note["clients"].items()}
         prototypes = {int(task): tuple(mean) for task, mean in note["prototypes"].items()}
-        return Progress(Scores.from_json(note["scores"]), clients, tuple(note["freezes"]), note["policy"], prototypes)
+        known = Scores.from_json(note["scores"]), clients, tuple(note["freezes"]), note["policy"], prototypes
+        return Progress(*known, tuple(note["ended"]), note["stop"])

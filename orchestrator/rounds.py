@@ -25,7 +25,7 @@ from orchestrator.schedule import in_order, play, wanted
 from orchestrator.scoring import better, evaluate_global
 from orchestrator.selection import Record
 from orchestrator.state import RunState
-from orchestrator.streams import advance, decide, merge_tasks
+from orchestrator.streams import advance, decide, end_task, merge_tasks
 
 MAX_EMPTY_ROUNDS = 3  # in a row; one bad client may cost a round, but a run nobody answers must end
 
@@ -37,7 +37,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         RoundError: if not one update could be used for the third round in a row.
     """
     clock = _Clock()
-    number = state.round + 1
+    fed, number = fed.now(state), state.round + 1
     ctx = fed.context(number, state)
     outbox, inbox = Outbox(fed, state, ctx), Inbox(fed, number)
     reach("round.started", number)
@@ -67,6 +67,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         flights=flights,
         payloads=outbox.payloads(flights),
     )
+    fed, moved, stop = end_task(fed, moved, used)
     decision = decide(fed, moved, used)
     moved = merge_tasks(fed, moved, decision)
     clock.lap("aggregate")
@@ -90,7 +91,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         "ranks": _count_ranks(outbox.given),
         "strategy": dict(aggregate.metrics) | folded,
         "clock_s": closing.clock_s if fed.fleet else None,
-        "in_flight": len(flights),
+        "in_flight": len(moved.flights),
         "seconds": clock.laps,
     }
     if problem:
@@ -109,7 +110,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         records=_records(state, outbox.given, used, inbox),
         clock_s=closing.clock_s,
     )
-    return advance(fed, played, decision, found)
+    return advance(fed, played, decision, stop, found)
 
 
 def _aggregate(

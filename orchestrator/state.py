@@ -15,7 +15,7 @@ from orchestrator.flights import Flight
 from orchestrator.progress import Progress
 from orchestrator.selection import Record
 
-SCHEMA = 5
+SCHEMA = 6
 _PAYLOAD = "payload/"
 
 

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from fedlora.config.sections import DataConfig, Section
 
+Rule = str | dict[str, dict[str, Any] | None]
+
 
 class StreamTaskConfig(Section):
     """One task of a stream: any dataset, or some rows of one."""
@@ -18,6 +20,7 @@ class StreamTaskConfig(Section):
     where: dict[str, list[str]] = Field({}, description="only rows with these values: {column: [value, ...]}")
     prefix: bool = Field(False, description="its labels become name/label: the same word means another thing elsewhere")
     rounds: int | None = Field(None, ge=1, description="default continual.rounds")
+    until: Rule | None = Field(None, description="default continual.until")
 
 
 class ReplayConfig(Section):
@@ -53,12 +56,17 @@ class ContinualConfig(Section):
     blur: float = Field(
         0.0, ge=0, le=0.5, description="share of a task's rows that a client meets with a neighbouring task"
     )
-    freeze: str | dict[str, dict[str, Any] | None] = Field(
+    until: Rule | None = Field(
+        None,
+        description="end a task before its rounds are over, once its loss has settled: plateau or published, with"
+        " options as {plateau: {window: 5}}; rounds is then the most a task takes",
+    )
+    freeze: Rule = Field(
         "boundaries",
         description="when the adapter goes into the base ledger and a fresh one starts: boundaries, plateau, published,"
         " period or never; with options as {plateau: {window: 5}}",
     )
-    merge: str | dict[str, dict[str, Any] | None] = Field(
+    merge: Rule = Field(
         "sum",
         description="how the frozen tasks become one model: sum, mean, ties, dare, orthogonal or lines; with options as"
         " {lines: {alpha: 0.5}}",
@@ -80,6 +88,7 @@ class ContinualConfig(Section):
             raise ValueError("replay brings rows of earlier tasks, whose labels must compete: use loss_labels: met")
         if self.joint:
             idle = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None, "merge": "sum", "isolated": False}
+            idle |= {"until": None}
             if ignored := [key for key, default in idle.items() if getattr(self, key) != default]:
                 raise ValueError(f"joint trains on the rows of all tasks all the time; leave {', '.join(ignored)} out")
             if self.freeze != "never":
@@ -120,3 +129,10 @@ class ContinualConfig(Section):
         if self.split:
             return (self.rounds,) * self.split
         return tuple(task.rounds or self.rounds for task in self.tasks)
+
+    @property
+    def stops(self) -> tuple[Rule | None, ...]:
+        """The rule that may end each task before its rounds are over."""
+        if self.split:
+            return (self.until,) * self.split
+        return tuple(task.until or self.until for task in self.tasks)

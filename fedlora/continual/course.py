@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.config import ContinualConfig
 from fedlora.seeds import derive_seed
@@ -16,7 +18,8 @@ class Course:
 
     Attributes:
         names: of the tasks, in stream order.
-        rounds: of each task.
+        rounds: of each task, the most it takes where a rule may end it before.
+        ended: the rounds with which the first tasks ended, so far as these are known.
         shuffled: every client meets the tasks in an order of its own.
         stagger: rounds by which a client may be behind, drawn once per client.
         joint: everybody trains on the rows of all tasks all the time.
@@ -29,6 +32,7 @@ class Course:
     stagger: int = 0
     joint: bool = False
     seed: int = 0
+    ended: tuple[int, ...] = ()
 
     @staticmethod
     def of(settings: ContinualConfig, seed: int) -> Course:
@@ -36,19 +40,28 @@ class Course:
         how = (settings.order == "shuffled", settings.stagger, settings.joint, seed)
         return Course(settings.names, settings.task_rounds, *how)
 
+    def after(self, ended: tuple[int, ...]) -> Course:
+        """The course once the first tasks have ended with these rounds."""
+        return self if ended == self.ended else replace(self, ended=ended)
+
+    @functools.cached_property
+    def last_rounds(self) -> tuple[int, ...]:
+        """The round with which each task ends, or ends at the latest."""
+        left = itertools.accumulate(self.rounds[len(self.ended) :], initial=self.ended[-1] if self.ended else 0)
+        return (*self.ended, *itertools.islice(left, 1, None))
+
     @property
     def total(self) -> int:
-        """Rounds of the whole stream."""
-        return sum(self.rounds)
+        """Rounds of the whole stream, at most."""
+        return self.last_rounds[-1]
 
     def at(self, number: int) -> int:
         """Position of round ``number`` [1-based] in the stream; the last task after its end."""
-        ends = itertools.accumulate(self.rounds)
-        return next((place for place, end in enumerate(ends) if number <= end), len(self.rounds) - 1)
+        return min(bisect.bisect_left(self.last_rounds, number), len(self.names) - 1)
 
     def ends(self, number: int) -> bool:
         """Whether a task ends with this round."""
-        return number in itertools.accumulate(self.rounds)
+        return number in self.last_rounds
 
     def task_of(self, client: str, number: int) -> int | None:
         """The task whose rows a client trains on in this round; None for those of all tasks."""

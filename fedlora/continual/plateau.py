@@ -283,8 +283,26 @@ def build_policy(choice: str | Mapping[str, Mapping[str, Any] | None]) -> Policy
     Raises:
         ConfigError: an unknown name, or options it does not take.
     """
+    return _build(choice, "continual.freeze")
+
+
+def build_stop(choice: str | Mapping[str, Mapping[str, Any] | None]) -> Policy:
+    """The rule that ends a task: a policy that looks at the loss.
+
+    Raises:
+        ConfigError: see ``build_policy``; also a policy that does not.
+    """
+    stop = _build(choice, "continual.until")
+    if not isinstance(stop, Plateau | Published):
+        raise ConfigError(
+            f"continual.until: {stop.name} does not look at the loss; use plateau or published, or give rounds alone"
+        )
+    return stop
+
+
+def _build(choice: str | Mapping[str, Mapping[str, Any] | None], key: str) -> Policy:
     if not isinstance(choice, str) and len(choice) != 1:
-        raise ConfigError(f"continual.freeze is one policy with its options, not {len(choice)}: {', '.join(choice)}")
+        raise ConfigError(f"{key} is one policy with its options, not {len(choice)}: {', '.join(choice)}")
     name, options = (choice, None) if isinstance(choice, str) else next(iter(choice.items()))
     return POLICIES.create(name, **dict(options or {}))
 

@@ -16,6 +16,14 @@ def test_tasks_take_their_rounds_one_after_the_other() -> None:
     assert [sorted(course.met(number)) for number in (1, 3, 6)] == [[0], [0, 1], [0, 1, 2]]
 
 
+def test_a_task_that_ended_early_lets_those_after_it_begin_earlier() -> None:
+    course = Course(("a", "b", "c"), (5, 5, 5)).after((2, 7))
+    assert course.total == 12
+    assert [course.at(number) for number in (1, 2, 3, 7, 8, 12, 13)] == [0, 0, 1, 1, 2, 2, 2]
+    assert [number for number in range(1, 13) if course.ends(number)] == [2, 7, 12]
+    assert course.after((2, 7, 8)).total == 8
+
+
 def test_in_an_order_of_its_own_every_client_meets_every_task_once() -> None:
     course = Course(("a", "b", "c"), (1, 1, 1), shuffled=True, seed=3)
     orders = {client: tuple(course.task_of(client, number) for number in (1, 2, 3)) for client in CLIENTS}

@@ -14,6 +14,7 @@ from fedlora.config import RunConfig
 from fedlora.continual.orthogonal import row_space
 from fedlora.errors import ConfigError
 from fedlora.protocol import EvalTask, TrainPlan, TrainTask
+from fedlora.training.evaluate import evaluate
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.opening import first_state, open_federation
@@ -168,6 +169,26 @@ def test_a_buffer_brings_the_rows_of_earlier_tasks_into_later_rounds(toy: Toy) -
     later = runtime._replayed(replace(task, round=3, stage=1))
     assert len(later) == 6
     assert {example.labels for example in later} <= set(runtime.stream.tasks[0].labels)
+    assert launch.run(config, quiet)["status"] == "finished"
+
+
+def test_hard_rows_are_those_of_four_times_as_many_that_the_received_model_gets_wrong_most(toy: Toy) -> None:
+    config = stream_of(toy, continual={"replay": {"rows": 4, "hard": True}, "loss_labels": "met"})
+    runtime = ClientRuntime(config)
+    client = max(runtime.members(), key=lambda member: member.stages[0][0]).id
+    task = TrainTask(3, client, TrainPlan(2), b"", "", 0, stage=1)
+    model = runtime._model().at_rank(2)
+    with torch.no_grad():
+        model.get_submodule("base_model.model.classifier").modules_to_save["r2"].bias[0] += 5.0  # all is label 0 now
+    sixteen = stream_of(toy, continual={"replay": {"rows": 16}, "loss_labels": "met"})
+    pool, chosen = ClientRuntime(sixteen)._replayed(task), runtime._replayed(task, model)
+    device, labels = runtime._model().base.device, runtime._competing(task, [])
+    losses = [evaluate(model, [row], 1, 0, device, labels=labels).loss for row in pool]
+    hard = [row in chosen for row in pool]
+    assert (len(pool), sum(hard)) == (16, 4)
+    assert min(loss for loss, is_hard in zip(losses, hard, strict=True) if is_hard) >= max(
+        loss for loss, is_hard in zip(losses, hard, strict=True) if not is_hard
+    )
     assert launch.run(config, quiet)["status"] == "finished"
 
 
