@@ -63,7 +63,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "lwf": {"strategy": [{"lwf": {"weight": 1.0}}, "flexlora"]},
     "inflora": {"strategy": ["inflora", "ffa"]},
     "prototypes": {"strategy": ["prototypes", "flexlora"]},
-    "head_only": {"strategy": "head_only", "lora": HEAD_ALONE},
+    # a head alone needs larger steps
+    "head_only": {"strategy": "head_only", "lora": HEAD_ALONE, "training": {"learning_rate": 0.05}},
     "head_only + prototypes": {"strategy": ["prototypes", "head_only"], "lora": HEAD_ALONE},
     "head_only + discriminant": {
         "strategy": [{"prototypes": {"metric": "mahalanobis", "memory": 1.0}}, "head_only"],
@@ -117,7 +118,8 @@ class Cell:
         content["data"]["partition"]["alpha"] = self.alpha
         content["continual"] = {"scenario": self.scenario, **STREAMS[self.table](content, data)}
         content["continual"] |= changes.get("continual", {})
-        return {**content, **{key: value for key, value in changes.items() if key != "continual"}}
+        content["training"] |= changes.get("training", {})
+        return {**content, **{key: value for key, value in changes.items() if key not in ("continual", "training")}}
 
     @property
     def key(self) -> str:

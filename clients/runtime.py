@@ -22,6 +22,7 @@ import fedlora.continual.orthogonal
 import fedlora.continual.prototypes
 import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
+from clients.live import open_live
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
 from clients.ranks import assign_ranks
@@ -34,7 +35,7 @@ from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
 from fedlora.aggregation.combine import make_delta, part_of
 from fedlora.config import RunConfig, TrainingConfig
 from fedlora.continual.course import Course
-from fedlora.continual.replay import kept_rows
+from fedlora.continual.replay import kept_rows, met_rows
 from fedlora.continual.stream import Task, labels_of, open_stream
 from fedlora.data.partition import Corpus
 from fedlora.data.text import Encoded, Example, encode
@@ -79,6 +80,7 @@ class ClientRuntime:
             torch.set_num_threads(threads)
         self.stream = open_stream(config.data, config.continual, config.clients.count, config.seed, config.model.task)
         self.corpus: Corpus = self.stream.corpus
+        self._live = open_live(config, self.corpus)
         self._course = Course.of(config.continual, config.seed) if config.continual else None
         self.base_loads = 0
         self._adapted: AdaptedModel | None = None
@@ -144,7 +146,7 @@ class ClientRuntime:
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
         begun = replace(begun, extras=extras, kept=private.methods, frozen=partial(frozen, task.ledger))
-        rows = self._examples("train", task.client, task.stage)
+        rows = self._own(task)
         buffer = self._replayed(task, model)
         examples = [*rows.examples, *buffer] if examples is None else examples
         options = self._config.training
@@ -180,7 +182,7 @@ class ClientRuntime:
     def _attack(self, assault: Assault, task: TrainTask) -> Learned:
         """What an attacker comes to."""
         attack = assault.attack
-        own = [*self._examples("train", task.client, task.stage).examples, *self._replayed(task)]
+        own = [*self._own(task).examples, *self._replayed(task)]
         scene = assault.scene(task, lambda: self._honest_deltas(assault, task))
         examples = attack.examples(own, scene)
         if attack.colludes and examples is own:
@@ -297,7 +299,7 @@ class ClientRuntime:
     def _earlier(self, task: TrainTask) -> tuple[int, ...] | None:
         """The labels a client has met before its present task; None where they are the same in every task."""
         settings = self._config.continual
-        apart = settings is not None and settings.scenario != "domain" and self.corpus.labels
+        apart = settings is not None and settings.scenario != "domain" and self.corpus.labels and not self._live
         if self._course is None or task.stage is None or not apart:
             return None
         return labels_of(self.stream, self._met(task) - {task.stage})
@@ -320,17 +322,31 @@ class ClientRuntime:
         earlier = self._met(task) - {task.stage}
         choosing = replay.hard and model is not None
         size = replay.rows * (HARD_POOL if choosing else 1)
-        key = "replay", task.client, size, tuple(sorted(earlier))
-        if key not in self._encoded:
-            labels = self.corpus.train["label"][:] if replay.balanced else None
-            rows = kept_rows(self.stream.tasks, earlier, task.client, size, labels, self._config.seed)
-            self._encoded[key] = self._encode(self.corpus.train.select(rows), f"buffer of {task.client}")
-        examples = self._encoded[key].examples
+        if self._live:
+            examples = self._buffer(self._live.earlier(task.client, task.round), task.client, size).examples
+        else:
+            key = "replay", task.client, size, tuple(sorted(earlier))
+            if key not in self._encoded:
+                mine = met_rows(self.stream.tasks, earlier, task.client)
+                self._encoded[key] = self._buffer(mine, task.client, size)
+            examples = self._encoded[key].examples
         if not choosing or len(examples) <= replay.rows:
             return examples
         base, batch_size = self._model().base, self._config.training.per_device_eval_batch_size
         labels = self._competing(task, examples)
         return hardest(examples, replay.rows, model, batch_size, base.tokenizer.pad_token_id, base.device, labels)
+
+    def _buffer(self, mine: Sequence[int], client: str, size: int) -> Encoded:
+        """So many of the rows a client has met, as tokens."""
+        settings, live, train = self._config.continual, self._live, self.corpus.train
+        assert settings is not None
+        assert settings.replay is not None
+        labels: Mapping[int, str] | None = None
+        if settings.replay.balanced:
+            found = (row["label"] for row in live.rows(mine)) if live else train.select(mine)["label"][:]
+            labels = dict(zip(mine, found, strict=True))
+        rows = kept_rows(mine, client, size, labels, self._config.seed)
+        return self._encode(live.rows(rows) if live else train.select(rows).to_list(), f"buffer of {client}")
 
     def _scored_among(self, task: EvalTask) -> tuple[int, ...]:
         """The labels that a test row is scored against; none for all."""
@@ -345,17 +361,26 @@ class ClientRuntime:
         limit = self._config.evaluation.max_rows_per_client
         return rows if limit is None else min(rows, limit)
 
+    def _own(self, task: TrainTask) -> Encoded:
+        """Tokens of the rows that a task trains on."""
+        live = self._live
+        if live is None:
+            return self._examples("train", task.client, task.stage)
+        if not live.has(task.round):
+            raise DataError(f"continual.live: only {live.come} rows of {live.origin} are to be seen here")
+        return self._encode(live.rows(live.present(task.client, task.round)), f"rows of {task.client}")
+
     def _examples(self, kind: str, client: str, stage: int | None = None) -> Encoded:
         """Tokens of a client's ``train`` or ``heldout`` rows, or of the server's ``test`` rows; made once."""
         if (kind, client, stage) not in self._encoded:
             where = f"{kind} rows of {client}" if client else "test rows"
             where += "" if stage is None else f" of task {self.stream.tasks[stage].name}"
-            self._encoded[kind, client, stage] = self._encode(self._table(kind, client, stage), where)
+            self._encoded[kind, client, stage] = self._encode(self._table(kind, client, stage).to_list(), where)
         return self._encoded[kind, client, stage]
 
-    def _encode(self, table: Dataset, where: str) -> Encoded:
+    def _encode(self, rows: Sequence[dict[str, Any]], where: str) -> Encoded:
         corpus, limit = self.corpus, self._config.data.max_length
-        return encode(table.to_list(), corpus.form, self._model().base.tokenizer, limit, corpus.labels, where)
+        return encode(rows, corpus.form, self._model().base.tokenizer, limit, corpus.labels, where)
 
     def _table(self, kind: str, client: str, stage: int | None) -> Dataset:
         corpus = self.corpus

@@ -108,7 +108,8 @@ class Screen:
         clients = fields["clients"]
         ranks = ", ".join(f"rank {rank}: {count}" for rank, count in clients["ranks"].items())
         sizes = f"{clients['smallest']} to {clients['largest']} rows each (median {clients['median']})"
-        self._say(f"{clients['count']} clients with {sizes}; {ranks}")
+        sizes = f"with {sizes}" if clients["rows"] else "whose rows are still to come"
+        self._say(f"{clients['count']} clients {sizes}; {ranks}")
         if fields["initial"] and not fields["round"]:
             self._say(f"before training: {_scores(fields['initial'])}")
 
@@ -167,6 +168,19 @@ class Screen:
 
     def _on_shift(self, fields: Mapping[str, Any]) -> None:
         self._say(f"[cyan]shift:[/] the losses of round {fields['round']} say that the data have changed")
+
+    def _on_awaiting_rows(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"waiting for rows: {fields['rows']} have come, round {fields['round']} needs {fields['needed']}")
+
+    def _on_stream_ended(self, fields: Mapping[str, Any]) -> None:
+        self._say(
+            f"[yellow]no more rows came[/] ({fields['rows']}, the next round needs {fields['needed']}); ending after"
+            f" round {fields['round']}, and resuming goes on when there are more"
+        )
+
+    def _on_task_ended(self, fields: Mapping[str, Any]) -> None:
+        why = fields["evidence"].get("reason") or "its loss has settled"
+        self._say(f"[cyan]{escape(fields['task'])}[/] ended with round {fields['round']} ({why})")
 
     def _on_frozen(self, fields: Mapping[str, Any]) -> None:
         why = fields["evidence"].get("reason") or fields["evidence"]["policy"]

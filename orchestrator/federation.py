@@ -15,6 +15,7 @@ from fedlora.config import ScheduleConfig, TrainingConfig
 from fedlora.continual.course import Course
 from fedlora.continual.merging import Merging
 from fedlora.continual.plateau import Policy
+from fedlora.data.live import LiveStream
 from fedlora.protocol import ClientInfo, ClientPool, Reply, TrainTask
 from fedlora.seeds import derive_seed
 from orchestrator.fleet import Fleet
@@ -42,6 +43,7 @@ class Federation:
         emit: called with an event's name and fields.
         course: of a stream of tasks; None without one.
         stops: of every task of the stream, what may end it before its rounds are over.
+        live: the rows that go on coming in; None where all are there.
         freezer: says when the adapter goes into the base; None without a stream.
         merging: how what was frozen becomes one model; None for the plain sum.
         isolated: every task of a stream has an adapter of its own, and the base stays bare.
@@ -71,6 +73,7 @@ class Federation:
     fleet: Fleet | None = None
     course: Course | None = None
     stops: Sequence[Policy | None] = ()
+    live: LiveStream | None = None
     freezer: Policy | None = None
     merging: Merging | None = None
     isolated: bool = False
@@ -120,8 +123,14 @@ class Federation:
         """The members who have rows to train on in a round, as that round finds them."""
         if self.course is None:
             return self.members
-        present = (member.at(self.stage(member.id, number)) for member in self.members)
+        present = (self.present(member, number) for member in self.members)
         return [member for member in present if member.num_examples]
+
+    def present(self, member: ClientInfo, number: int) -> ClientInfo:
+        """A member with the rows that it trains on in a round."""
+        if self.live:
+            return replace(member, num_examples=self.live.counts(number).get(member.id, 0))
+        return member.at(self.stage(member.id, number))
 
     def context(self, number: int, state: RunState) -> RoundContext:
         """Round ``number`` from this state, with pairs that could never learn again revived."""

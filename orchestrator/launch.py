@@ -29,6 +29,7 @@ from orchestrator.checkpoint import commit, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
 from orchestrator.lease import Lease, hold, refuse_if_held
+from orchestrator.live import await_rows, scored_at_the_end
 from orchestrator.opening import check_base, describe_members, first_state, open_federation, rounds_of
 from orchestrator.pools import open_pool
 from orchestrator.report import write_report
@@ -205,10 +206,10 @@ def _session(
                 _catch_up_metrics(metrics, state)
                 facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
                 fed.emit("run_started", facts | {"clients": describe_members(fed.members)})
-                while state.round < fed.now(state).rounds:
+                while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config)):
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()
-                return finish(config, folder, state, fed, base, began)
+                return finish(config, folder, scored_at_the_end(fed, state), fed, base, began)
     except KeyboardInterrupt:
         with contextlib.suppress(FedLoRAError):
             state = load_latest(folder)[0]  # a stop may fall between a commit and our hearing of it
@@ -229,6 +230,10 @@ def _session(
         told = f"plugins: {path}, {where} raised {type(error).__name__}: {error}; try fedlora strategies check {path}"
         mark("failed", told, ConfigError.exit_code)
         raise ConfigError(told) from error
+
+
+def _patience_s(config: RunConfig) -> float:
+    return config.continual.live.patience_s if config.continual and config.continual.live else 0.0
 
 
 def _commit_round(

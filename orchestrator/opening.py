@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.attacks import mount
+from clients.live import open_live
 from fedlora.adapter.initial import check_rank, initial_adapter
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
@@ -75,6 +76,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         training=config.training,
         fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
         course=Course.of(config.continual, config.seed) if config.continual else None,
+        live=open_live(config),
         stops=[build_stop(rule) if rule else None for rule in config.continual.stops] if config.continual else (),
         freezer=build_policy(config.continual.freeze) if config.continual else None,
         merging=merging,

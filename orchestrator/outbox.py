@@ -81,7 +81,7 @@ class Outbox:
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
             task = TrainTask(*which, patches, flight.accepted, flight.stage, self._fed.ended)
             member = self._fed.members[self._fed.places[flight.client]]
-            client = _at_rank(member.at(flight.stage), flight.plan.rank)
+            client = _at_rank(self._fed.present(member, flight.round), flight.plan.rank)
             form = self._form(flight.received, flight.plan.send)
             self._expected[key] = Expectation(client, task, form, self._fed.max_update_norm)
         return self._expected[key]
@@ -92,8 +92,8 @@ class Outbox:
         return {key: payload for key, payload in sorted(self._payloads.items()) if key in wanted}
 
     def _now(self, member: ClientInfo) -> ClientInfo:
-        """A member as this round's task of the stream finds it."""
-        return member.at(self._fed.stage(member.id, self._ctx.round))
+        """A member as this round finds it."""
+        return self._fed.present(member, self._ctx.round)
 
     def _flight(self, client: ClientInfo, now_s: float) -> Flight:
         fed, ctx, state = self._fed, self._ctx, self._state

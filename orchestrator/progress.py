@@ -41,6 +41,7 @@ class Progress:
         policy: the state of what decides that.
         ended: the rounds with which tasks have ended, where a rule may end them early; else none.
         stop: the state of the rule that may end the present one.
+        seen: SHA-256 of the rows of a live stream that have been learned from; else empty.
         prototypes: task -> mean feature of its rows under the bare base; empty unless rows are routed by it.
     """
 
@@ -51,6 +52,7 @@ class Progress:
     prototypes: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     ended: tuple[int, ...] = ()
     stop: Mapping[str, Any] = field(default_factory=dict)
+    seen: str = ""
 
     def begun(self, tasks: TaskScores) -> Progress:
         """With the scores before the first task."""
@@ -70,7 +72,7 @@ class Progress:
         clients = {client: scores.to_json() for client, scores in self.clients.items()}
         prototypes = {str(task): list(mean) for task, mean in self.prototypes.items()}
         rest = {"freezes": list(self.freezes), "policy": dict(self.policy), "prototypes": prototypes}
-        rest |= {"ended": list(self.ended), "stop": dict(self.stop)}
+        rest |= {"ended": list(self.ended), "stop": dict(self.stop), "seen": self.seen}
         return {"scores": self.scores.to_json(), "clients": clients, **rest}
 
     @staticmethod
@@ -79,4 +81,4 @@ class Progress:
         clients = {client: Scores.from_json(scores) for client, scores in note["clients"].items()}
         prototypes = {int(task): tuple(mean) for task, mean in note["prototypes"].items()}
         known = Scores.from_json(note["scores"]), clients, tuple(note["freezes"]), note["policy"], prototypes
-        return Progress(*known, tuple(note["ended"]), note["stop"])
+        return Progress(*known, tuple(note["ended"]), note["stop"], note["seen"])

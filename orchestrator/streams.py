@@ -90,6 +90,8 @@ def advance(
     if found and found.tasks:
         told["accuracy"] = dict(zip(fed.course.names, found.tasks.row(), strict=True))
     row = {**(state.row or {}), "stream": told}
+    if fed.live:
+        stream = replace(stream, seen=fed.live.sha256(number))
     state = replace(state, row=row, stream=replace(stream, policy=decision.state))
     done = not decision.merge or fed.merging or number == fed.rounds
     return state if done else _frozen(fed, state, decision)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clients.attacks import build, mount
+from clients.live import open_live
 from clients.ranks import assign_ranks
 from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.initial import check_rank
@@ -15,8 +16,9 @@ from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.continual.merging import build_merging
-from fedlora.continual.plateau import build_policy
+from fedlora.continual.plateau import build_policy, build_stop
 from fedlora.continual.stream import Stream, open_stream
+from fedlora.data.live import LiveStream
 from fedlora.errors import FedLoRAError
 from fedlora.plugins import load_plugins
 from fedlora.training.model import check_length, device_of, dtype_of, find_saved, find_sites, outline
@@ -48,7 +50,10 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         rows = sorted(len(shard) for shard in corpus.shards.values())
         facts["rows"] = f"{sum(rows)} to train on, {len(corpus.test)} to test on, form: {corpus.form}"
         facts["clients"] = f"{len(rows)}, with {rows[0]} to {rows[-1]} rows (median {rows[len(rows) // 2]})"
-        facts |= _stream_facts(stream)
+        live = open_live(config, corpus)
+        if live:
+            facts |= {"rows": f"{len(corpus.test)} to test on, form: {corpus.form}", "clients": str(len(rows))}
+        facts |= _stream_facts(stream, live)
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.declared, config.seed)
         if strategy is not None:
@@ -78,6 +83,9 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         if config.continual:
             build_policy(config.continual.freeze)
             build_merging(config.continual.merge)
+            for rule in config.continual.stops:
+                if rule:
+                    build_stop(rule)
     except FedLoRAError as error:
         problems.append(error)
     try:
@@ -87,9 +95,12 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     return facts, problems
 
 
-def _stream_facts(stream: Stream) -> dict[str, Any]:
+def _stream_facts(stream: Stream, live: LiveStream | None) -> dict[str, Any]:
     if not stream.tasks:
         return {}
+    if live:
+        there = f"{live.come} rows of {live.origin} have come" if live.has(1) else f"{live.origin}, no round's rows yet"
+        return {"stream": f"live, rounds of {live.needs(1)} rows; {there}"}
     told = []
     for task in stream.tasks:
         rows, away = sum(map(len, task.shards.values())), len(stream.corpus.shards) - len(task.shards)

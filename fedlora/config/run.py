@@ -69,7 +69,9 @@ class RunConfig(Section):
                 f"clients.ranks asks for rank {largest}, but the global adapter has lora.r={self.lora.r}; raise lora.r"
             )
         tasks = self.continual.tasks if self.continual else []
-        if not (tasks and all(task.data and _has_source(task.data) for task in tasks)) and not _has_source(self.data):
+        if self.continual and self.continual.live:
+            problems += _sources_of_live(self.data)
+        elif not (tasks and all(task.data and _has_source(task.data) for task in tasks)) and not _has_source(self.data):
             problems.append("data needs a name, a train_file or client_files")
         if self.data.client_files and self.data.max_train_rows:
             problems.append("data.max_train_rows samples one dataset; it is not used with client_files")
@@ -109,6 +111,15 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that ``load_config`` reads back."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _sources_of_live(data: DataConfig) -> list[str]:
+    """What is wrong with the data of a run whose training rows come from a live stream."""
+    if data.name or data.train_file or data.client_files:
+        return ["data: training rows come from continual.live; leave name, train_file and client_files out"]
+    return (
+        [] if data.test_file else ["data.test_file: a live stream has no rows to hold out; give the server's test rows"]
+    )
 
 
 def _has_source(data: DataConfig) -> bool:

@@ -33,6 +33,23 @@ class ReplayConfig(Section):
     )
 
 
+class LiveConfig(Section):
+    """Rows that go on coming in while the run trains on them."""
+
+    source: str = Field(description="a folder of JSONL files, or redis://host:6379/0#key, a list of rows as JSON")
+    rows: int = Field(ge=1, description="of a round: it begins once so many more have come")
+    window: int = Field(1, ge=1, description="rounds whose rows clients train on, the present one included")
+    by: str | None = Field(None, description="column that names a row's client; default: dealt to clients in turn")
+    clients: list[str] | None = Field(None, min_length=1, description="with by: the names of all clients")
+    patience_s: float = Field(60.0, ge=0, description="how long a round waits for its rows before the run ends")
+
+    @model_validator(mode="after")
+    def _check(self) -> LiveConfig:
+        if bool(self.by) != bool(self.clients):
+            raise ValueError("by and clients belong together: a column, and every client it may name")
+        return self
+
+
 class ContinualConfig(Section):
     """Tasks that come one after the other."""
 
@@ -40,6 +57,7 @@ class ContinualConfig(Section):
     split: int | None = Field(
         None, ge=2, description="instead of tasks: divide the label set into so many, in an order drawn from the seed"
     )
+    live: LiveConfig | None = Field(None, description="instead of tasks: one stream whose end nobody knows")
     rounds: int = Field(5, ge=1, description="rounds of a task that does not say")
     scenario: Literal["class", "task", "domain"] = Field(
         "class",
@@ -82,9 +100,11 @@ class ContinualConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ContinualConfig:
-        if bool(self.tasks) == bool(self.split):
-            raise ValueError("continual needs tasks, or split: a number of tasks to divide the label set into")
-        if self.replay and self.loss_labels == "task" and self.scenario != "domain":
+        if bool(self.tasks) + bool(self.split) + bool(self.live) != 1:
+            raise ValueError("continual needs tasks, or split: a number of tasks to divide the label set into, or live")
+        if self.live:
+            self._check_live()
+        if self.replay and not self.live and self.loss_labels == "task" and self.scenario != "domain":
             raise ValueError("replay brings rows of earlier tasks, whose labels must compete: use loss_labels: met")
         if self.joint:
             idle = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None, "merge": "sum", "isolated": False}
@@ -104,6 +124,14 @@ class ContinualConfig(Section):
             raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")
         return self
 
+    def _check_live(self) -> None:
+        told = {"order": "same", "stagger": 0, "blur": 0.0, "merge": "sum", "isolated": False, "joint": False}
+        told |= {"until": None}
+        if odd := [key for key, default in told.items() if getattr(self, key) != default]:
+            raise ValueError(f"a live stream has no tasks that are known before; leave {', '.join(odd)} out")
+        if self.freeze == "boundaries" or (isinstance(self.freeze, dict) and "boundaries" in self.freeze):
+            raise ValueError("a live stream has no boundaries; use freeze: plateau, published, period or never")
+
     def _check_isolated(self) -> None:
         shared = {"order": "same", "stagger": 0, "blur": 0.0, "replay": None}
         if mixing := [key for key, default in shared.items() if getattr(self, key) != default]:
@@ -121,13 +149,15 @@ class ContinualConfig(Section):
         """Of the tasks, in stream order."""
         if self.split:
             return tuple(f"task{place + 1}" for place in range(self.split))
-        return tuple(task.name for task in self.tasks)
+        return ("live",) if self.live else tuple(task.name for task in self.tasks)
 
     @property
     def task_rounds(self) -> tuple[int, ...]:
         """Rounds of each task."""
         if self.split:
             return (self.rounds,) * self.split
+        if self.live:
+            return (self.rounds,)
         return tuple(task.rounds or self.rounds for task in self.tasks)
 
     @property
@@ -135,4 +165,6 @@ class ContinualConfig(Section):
         """The rule that may end each task before its rounds are over."""
         if self.split:
             return (self.until,) * self.split
+        if self.live:
+            return (None,)
         return tuple(task.until or self.until for task in self.tasks)

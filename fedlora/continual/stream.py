@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from fedlora.config import ContinualConfig, DataConfig, StreamTaskConfig
 from fedlora.data.partition import Corpus, open_corpus
-from fedlora.data.sources import quiet
+from fedlora.data.sources import quiet, read_test
 from fedlora.errors import DataError, nearest
 from fedlora.seeds import derive_seed
 
@@ -64,6 +64,8 @@ def open_stream(
     """
     if continual is None:
         return Stream(open_corpus(data, count, seed, task))
+    if continual.live:
+        return _live(data, continual.live.clients or [f"c{i}" for i in range(count)], task)
     if continual.split or not any(one.data for one in continual.tasks):
         whole = open_corpus(data, count, seed, task)
         stream = _cut(Stream(whole, _filtered(whole, continual, seed)))
@@ -80,6 +82,22 @@ def open_stream(
 def labels_of(stream: Stream, tasks: Collection[int]) -> tuple[int, ...]:
     """Indices of the labels of these tasks together; empty for a language model."""
     return tuple(sorted({label for place in tasks for label in stream.tasks[place].labels}))
+
+
+def _live(data: DataConfig, clients: Sequence[str], task: str) -> Stream:
+    """A stream without a training row yet: the test rows say what rows look like."""
+    with quiet():
+        test = read_test(data, task)
+    if test is None:
+        raise DataError("data.test_file: a live stream has no rows to hold out; give the server's test rows")
+    found = tuple(sorted(set(test.table["label"][:]))) if test.form == "classification" else ()
+    labels = tuple(data.labels) if data.labels and found else found
+    if odd := next((label for label in found if label not in labels), None):
+        raise DataError(f"data.labels lacks {odd!r}, a label of {data.test_file}{nearest(odd, labels)}")
+    corpus = Corpus(
+        test.form, test.table.select([]), test.table, dict.fromkeys(clients, ()), dict.fromkeys(clients, ()), labels
+    )
+    return Stream(corpus, (Task("live", tuple(range(len(labels))), {}, {}, range(len(test.table))),))
 
 
 # One dataset, divided -----------------------------------------------------------------------------------------------

@@ -2,14 +2,21 @@
 
 from collections import Counter
 
-from fedlora.continual.replay import kept_rows
+from fedlora.continual.replay import kept_rows as buffer
+from fedlora.continual.replay import met_rows
 from fedlora.continual.stream import Task
 
-LABELS = ["a"] * 40 + ["b"] * 10 + ["c"] * 30
+LABELS = dict(enumerate(["a"] * 40 + ["b"] * 10 + ["c"] * 30))
 TASKS = [
     Task("one", (0, 1), {"c0": range(50)}, {}, ()),
     Task("two", (2,), {"c0": range(50, 80), "c1": [50]}, {}, ()),
 ]
+
+
+def kept_rows(
+    tasks: list[Task], earlier: set[int], client: str, size: int, labels: dict[int, str] | None, seed: int
+) -> list[int]:
+    return buffer(met_rows(tasks, earlier, client), client, size, labels, seed)
 
 
 def test_a_buffer_has_rows_of_earlier_tasks_only_and_no_more_than_it_may() -> None:

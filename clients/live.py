@@ -1,0 +1,45 @@
+"""The live stream of a configuration: a folder, or a list on a Redis server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from clients.redis_list import RedisList
+from fedlora.config import RunConfig
+from fedlora.continual.stream import open_stream
+from fedlora.data.live import LiveFolder, LiveStream, Row
+from fedlora.data.partition import Corpus
+from fedlora.data.sources import normalise, quiet
+from fedlora.errors import DataError, nearest
+
+
+def open_live(config: RunConfig, corpus: Corpus | None = None) -> LiveStream | None:
+    """The rows that go on coming in; None for a run without such.
+
+    Args:
+        corpus: of the run, which says what rows look like and who the clients are; read where it is not given.
+    """
+    live = config.continual.live if config.continual else None
+    if live is None:
+        return None
+    corpus = corpus or open_stream(config.data, config.continual, config.clients.count, config.seed).corpus
+    source = RedisList(live.source) if live.source.startswith(("redis://", "rediss://")) else None
+
+    def read(rows: list[Row], origin: str) -> list[Row]:
+        with quiet():
+            found = normalise(Dataset.from_list(rows), config.data, origin, config.model.task)
+        if found.form != corpus.form:
+            raise DataError(f"continual.live: {origin} has {found.form} rows, the test rows are {corpus.form}")
+        table: list[Row] = found.table.to_list()
+        for row in table:
+            if corpus.labels and row["label"] not in corpus.labels:
+                raise DataError(
+                    f"continual.live: {origin} has the label {row['label']!r}, which is not in the label set of"
+                    f" {len(corpus.labels)}{nearest(row['label'], corpus.labels)}; data.labels lists it"
+                )
+        return table
+
+    clients = list(corpus.shards)
+    return LiveStream(source or LiveFolder(Path(live.source)), live.rows, live.window, clients, live.by, read)
