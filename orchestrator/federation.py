@@ -33,7 +33,7 @@ class Federation:
     Attributes:
         pool: where clients run.
         strategy: how updates are combined.
-        members: all clients in their fixed order.
+        members: all clients in their fixed order, excluded ones too: draws are made among everybody.
         fresh: the usual initial adapter at the global rank; what ``strategy.start`` was given.
         selector: who is asked.
         schedule: when a round closes.
@@ -41,6 +41,8 @@ class Federation:
         fleet: simulated devices; None where a real clock decides.
         ledger_rank: rank per module the base's patches are recompressed to; None where nothing may be lost.
         emit: called with an event's name and fields.
+        excluded: clients that are never asked and never scored.
+        joins: the first round of clients that come later.
         course: of a stream of tasks; None without one.
         stops: of every task of the stream, what may end it before its rounds are over.
         live: the rows that go on coming in; None where all are there.
@@ -71,6 +73,8 @@ class Federation:
     schedule: ScheduleConfig
     training: TrainingConfig
     fleet: Fleet | None = None
+    excluded: frozenset[str] = frozenset()
+    joins: Mapping[str, int] = field(default_factory=dict)
     course: Course | None = None
     stops: Sequence[Policy | None] = ()
     live: LiveStream | None = None
@@ -119,11 +123,19 @@ class Federation:
         seed = derive_seed(self.seed, freezes, "", "fresh pair")
         return initial_adapter(sites, self.fresh.dense, self.rank, seed, self.init)
 
+    @functools.cached_property
+    def taking_part(self) -> Sequence[ClientInfo]:
+        """The members without those that are excluded."""
+        return [member for member in self.members if member.id not in self.excluded]
+
     def with_rows(self, number: int) -> Sequence[ClientInfo]:
         """The members who have rows to train on in a round, as that round finds them."""
+        there = self.members
+        if self.joins:
+            there = [member for member in there if self.joins.get(member.id, 1) <= number]
         if self.course is None:
-            return self.members
-        present = (self.present(member, number) for member in self.members)
+            return there
+        present = (self.present(member, number) for member in there)
         return [member for member in present if member.num_examples]
 
     def present(self, member: ClientInfo, number: int) -> ClientInfo:

@@ -198,14 +198,14 @@ def _session(
                 emit("pool_starting", {"pool": config.pool})
             with closing(open_pool(config)) as pool:
                 fed, base = open_federation(config, pool, emit)
-                _write_members(folder, fed.members, base)
+                _write_members(folder, fed.taking_part, base)
                 if state is None:
                     state = first_state(config, fed, base)
                     store(state)
                 check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
                 facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
-                fed.emit("run_started", facts | {"clients": describe_members(fed.members)})
+                fed.emit("run_started", facts | {"clients": describe_members(fed.taking_part)})
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config)):
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()

@@ -11,13 +11,13 @@ from typing import Any
 from clients.attacks import mount
 from clients.live import open_live
 from fedlora.adapter.initial import check_rank, initial_adapter
-from fedlora.aggregation import compose
+from fedlora.aggregation import Strategy, compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.continual.course import Course
 from fedlora.continual.merging import build_merging
 from fedlora.continual.plateau import build_policy, build_stop
-from fedlora.errors import RunFolderError
+from fedlora.errors import ConfigError, RunFolderError, nearest
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
@@ -42,6 +42,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         emit("ranks_equalised", {"strategy": config.strategy_name, "rank": rank})
     members = [replace(member, rank=ranks[member.id]) for member in members]
     base = pool.base()
+    _check_named(config, [member.id for member in members], strategy)
     check_strategy(strategy, config, [member.id for member in members], base.merges)
     check_stream(strategy, members)
     check_head(strategy, base.dense)
@@ -76,6 +77,8 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         training=config.training,
         fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
         course=Course.of(config.continual, config.seed) if config.continual else None,
+        excluded=frozenset(config.clients.exclude),
+        joins=dict(config.clients.joins),
         live=open_live(config),
         stops=[build_stop(rule) if rule else None for rule in config.continual.stops] if config.continual else (),
         freezer=build_policy(config.continual.freeze) if config.continual else None,
@@ -102,6 +105,17 @@ def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
     found = evaluate_global(replace(fed, evaluate_clients=False), state)
     stream = Progress().begun(found.tasks) if found.tasks else None
     return replace(state, initial=found.scores, stream=stream)
+
+
+def _check_named(config: RunConfig, clients: Sequence[str], strategy: Strategy) -> None:
+    """Raise ``ConfigError`` where clients are named that are not there, or that a run cannot do without."""
+    for key, named in (("exclude", config.clients.exclude), ("joins", list(config.clients.joins))):
+        if odd := next((client for client in named if client not in clients), None):
+            raise ConfigError(f"clients.{key}: there is no client {odd}{nearest(odd, clients)}")
+    if not set(clients) - set(config.clients.exclude):
+        raise ConfigError("clients.exclude leaves no client to train")
+    if needed := sorted(set(config.clients.exclude) & set(strategy.required)):
+        raise ConfigError(f"clients.exclude: {strategy.name} cannot do without {needed[0]}, which it trusts")
 
 
 def rounds_of(config: RunConfig, state: RunState) -> int:

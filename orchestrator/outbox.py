@@ -55,6 +55,7 @@ class Outbox:
         drawn = {*fed.selector.select(there, draw), *(() if turn else fed.strategy.required)}
         # a selection from a plug-in may name anybody
         places = sorted(fed.places[client] for client in drawn if client in fed.places and client not in busy)
+        places = [place for place in places if fed.members[place].id not in fed.excluded]
         chosen = [self._now(fed.members[place]) for place in places]
         return [client for client in chosen if client.num_examples or fed.course is None]
 

@@ -50,7 +50,7 @@ def with_prototype(fed: Federation, state: RunState) -> RunState:
     if task in state.stream.prototypes:
         return state
     payload, patches = encode_adapter(state.adapter), state.ledger.patches()
-    asked = [member.id for member in fed.members if member.stages[task][0]]
+    asked = [member.id for member in fed.taking_part if member.stages[task][0]]
     looks = [EvalTask(client, payload, ledger=patches, stage=task, features=True) for client in asked]
     found = fed.pool.evaluate(looks)
     for result in found:

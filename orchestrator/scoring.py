@@ -65,7 +65,7 @@ def _evaluate_once(fed: Federation, state: RunState) -> Evaluation:
     shards = fed.pool.workers
     tasks = [EvalTask("", payload, shard, shards, patches) for shard in range(shards)]
     if fed.evaluate_clients:
-        tasks += [EvalTask(client.id, payload, ledger=patches) for client in fed.members if client.num_heldout]
+        tasks += [EvalTask(client.id, payload, ledger=patches) for client in fed.taking_part if client.num_heldout]
     results = fed.pool.evaluate(tasks)
     broken = next((result for result in results[:shards] if result.error), None)
     if broken is not None:
@@ -88,7 +88,7 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
     if fed.evaluate_clients:
         tasks += [
             EvalTask(client.id, payload, ledger=patches, stage=task, met=met)
-            for client in fed.members
+            for client in fed.taking_part
             for task in sorted(met)
             if client.stages[task][1]
         ]
@@ -112,7 +112,7 @@ def _evaluate_stream(fed: Federation, state: RunState) -> Evaluation:
 def _evaluate_personal(fed: Federation, state: RunState) -> Evaluation:
     patches, ctx = state.ledger.patches(), fed.context(state.round + 1, state)
     tasks = []
-    for client in fed.members:
+    for client in fed.taking_part:
         if client.num_heldout:
             plan = fed.strategy.plan(ctx, client, state.strategy)
             at_plan = replace(client, rank=plan.rank)

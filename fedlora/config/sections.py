@@ -105,6 +105,13 @@ class ClientsConfig(Section):
     )
     memory_gb: list[float] | None = Field(None, description="memory each client declares, dealt in turn")
     examples_per_s: list[float] | None = Field(None, description="speed each client declares, dealt in turn")
+    joins: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="{client: round}: it is not there before that round"
+    )
+    exclude: list[str] = Field(
+        [],
+        description="clients that are never asked and never scored; they keep their place in every draw",
+    )
     selection: str | dict[str, dict[str, Any] | None] = Field(
         "uniform",
         description="uniform, weighted, round_robin, poisson, power_of_choice, oort, or a plug-in; with its options as"
