@@ -17,9 +17,10 @@ from fedlora.adapter.state import AdapterState
 from fedlora.config import TrainingConfig
 from fedlora.data.text import IGNORE, Example
 from fedlora.errors import ConfigError, DataError, FedLoRAError
+from fedlora.protocol import Method
 from fedlora.training.batches import collate
 from fedlora.training.loop import LocalWork, train
-from fedlora.training.methods import Local, Start, name_parameters
+from fedlora.training.methods import Local, MethodStack, Start, name_parameters
 from fedlora.training.model import AdaptedModel, AdapterSpec, BaseSpec, load_base
 from fedlora.unlearning import FORGET_LOSSES, ForgetLoss
 from fedlora.unlearning.forgetting import Forgetting, ForgetWork, Forgotten, Recipe, log_likelihoods, unlearn
@@ -258,6 +259,20 @@ def test_only_the_labels_of_the_cohort_compete(classifier: Taught) -> None:
     assert found.forget_after.loss > 1.0
     assert found.retain_after.accuracy == 1.0
     assert math.isfinite(found.forget_after.loss)
+
+
+def test_it_stands_beside_the_methods_of_a_plan(classifier: Taught) -> None:
+    # FedProx pulls towards the start, so the two together move less
+    def moved(*plan: Method) -> float:
+        work = classifier.work(max_norm=math.inf)
+        stack = MethodStack(plan, also={"forget": Forgetting(classifier.forget, work.recipe)})
+        options = TrainingConfig(learning_rate=0.01, max_steps=10, base_dropout=False)
+        memory = stack.begin(start(classifier))
+        train(LocalWork(work.model, work.parameters, work.retain, options, 1, 0, stack, memory))
+        before, after = classifier.state.tensors(), classifier.tensors()
+        return float(vector_norm(torch.stack([vector_norm(after[name] - before[name]) for name in before])))
+
+    assert moved(Method.of("fedprox", mu=10.0)) < moved() / 2
 
 
 def test_every_forget_row_has_its_turn_before_any_has_two(classifier: Taught) -> None:
