@@ -32,7 +32,7 @@ class LocalWork:
         options: learning rate, steps or epochs, clipping and so on.
         seed: of batch order and dropout; equal seeds give equal results on equal hardware.
         pad_token_id: of the tokenizer.
-        methods: change the gradients of every step, before clipping.
+        methods: change the gradients of every step, before clipping, and the parameters after it.
         memory: theirs before the first step.
         labels: indices of the labels that compete in a classifier's loss; all where empty.
     """
@@ -116,6 +116,7 @@ def train(work: LocalWork) -> LocalResult:
             if options.max_grad_norm:
                 nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             optimizer.step()
+            memory = _constrain(work, memory)
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
     return LocalResult(steps, tokens, rows, sum(losses) / len(losses), losses[0], memory)
@@ -128,6 +129,16 @@ def _correct(work: LocalWork, memory: Memory) -> Memory:
     gradients, memory = work.methods.correct(raw, tensors, memory)
     for name, gradient in gradients.items():
         work.parameters[name].grad = gradient
+    return memory
+
+
+@torch.no_grad()
+def _constrain(work: LocalWork, memory: Memory) -> Memory:
+    """Bring the parameters to where the local methods want them after a step; their memory then."""
+    tensors = {name: p.detach() for name, p in work.parameters.items()}
+    moved, memory = work.methods.constrain(tensors, memory)
+    for name, tensor in moved.items():
+        work.parameters[name].copy_(tensor)
     return memory
 
 

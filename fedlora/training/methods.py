@@ -133,6 +133,14 @@ class LocalMethod(Protocol):
         """
         return gradients, memory
 
+    def constrain(self, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
+        """The parameters to go on with after a step, by name - what is left out stays -, and the memory then.
+
+        Args:
+            tensors: the trained parameters as the step and the methods before this one left them.
+        """
+        return {}, memory
+
     def finish(self, tensors: Tensors, memory: Memory) -> Answer:
         """What is sent and kept, given the trained parameters."""
         return Answer()
@@ -233,16 +241,19 @@ class TailPenalty(LocalMethod):
 class MethodStack:
     """The methods of a plan as one, with one memory. Empty, it changes nothing.
 
+    Args:
+        methods: by name, as a plan has them.
+        also: methods that no plan can name, such as one that holds rows; they come after those of the plan.
+
     Raises:
         ConfigError: an unknown method, options it does not take, or the same method twice.
     """
 
-    def __init__(self, methods: Sequence[Method] = ()):
-        self._methods = {m.name: LOCAL_METHODS.create(m.name, **dict(m.options)) for m in methods}
-        if len(self._methods) < len(methods):
-            names = [m.name for m in methods]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"local method: {twice} is asked for twice; name it once in the strategy")
+    def __init__(self, methods: Sequence[Method] = (), also: Mapping[str, LocalMethod] | None = None):
+        names = [*(m.name for m in methods), *(also or {})]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"local method: {twice[0]} is asked for twice; name it once in the strategy")
+        self._methods = {m.name: LOCAL_METHODS.create(m.name, **dict(m.options)) for m in methods} | dict(also or {})
 
     @property
     def keeps(self) -> bool:
@@ -285,6 +296,15 @@ class MethodStack:
         for key, method in self._methods.items():
             changed, after[key] = method.project(changed, raw, tensors, memory[key])
         return changed, after
+
+    def constrain(self, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
+        """The parameters that all of them together move after a step, by name, and the memory then."""
+        moved: Tensors = {}
+        after: dict[str, Memory] = {}
+        for key, method in self._methods.items():
+            own, after[key] = method.constrain({**tensors, **moved}, memory[key])
+            moved = {**moved, **own}
+        return moved, after
 
     def finish(self, tensors: Tensors, memory: Memory) -> Answer:
         """What is sent and kept by all of them, under the names they came with."""

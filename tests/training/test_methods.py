@@ -17,6 +17,7 @@ from fedlora.protocol import Method
 from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import (
     LOCAL_METHODS,
+    LocalMethod,
     Memory,
     MethodStack,
     Start,
@@ -323,6 +324,34 @@ def play(
     after = {name: p.detach().clone() for name, p in parameters.items()}
     insert(model, adapter, state)  # the head is shared by the tests
     return {n: after[n] - begun.tensors[n] for n in after}, result, stack.finish(after, result.memory).extras
+
+
+class Shift(LocalMethod):
+    """Moves the head by a number after every step, and counts."""
+
+    def __init__(self, by: float):
+        self.by = by
+
+    def begin(self, start: Start) -> Memory:
+        return {"steps": 0}
+
+    def constrain(self, tensors: Mapping[str, Tensor], memory: Memory) -> tuple[Mapping[str, Tensor], Memory]:
+        heads = {name: tensor + self.by for name, tensor in tensors.items() if name.startswith(":")}
+        return heads, {"steps": memory["steps"] + 1}
+
+
+def test_methods_move_parameters_after_a_step_one_after_the_other() -> None:
+    stack = MethodStack(also={"one": Shift(1.0), "two": Shift(0.5)})
+    own = tensors()
+    moved, memory = stack.constrain(own, stack.begin(start_of(own)))
+    assert moved.keys() == {":head"}
+    assert_close(moved[":head"], own[":head"] + 1.5)
+    assert memory == {"one": {"steps": 1}, "two": {"steps": 1}}
+
+
+def test_a_method_that_no_plan_can_name_must_have_a_name_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="fedprox is asked for twice"):
+        MethodStack([PROX], also={"fedprox": Shift(1.0)})
 
 
 def size(moves: Mapping[str, Tensor]) -> float:
