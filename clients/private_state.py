@@ -97,6 +97,22 @@ class PrivateState:
         except OSError as error:
             raise FedLoRAError(f"cannot write the private state {path}: {error.strerror or error}") from error
 
+    def holds(self, accepted: Mapping[str, int]) -> bool:
+        """Whether every client that keeps anything still has what it had after these rounds."""
+        kept = {client: number for client, number in accepted.items() if self._folder(client).is_dir()}
+        return all(self._file(client, number).is_file() for client, number in kept.items())
+
+    def copy(self, target: Path, accepted: Mapping[str, int]) -> None:
+        """Give another run what these clients had after these rounds.
+
+        Raises:
+            FedLoRAError: if it cannot be written.
+        """
+        other = PrivateState(target, self._keep)
+        for client, number in accepted.items():
+            if self._file(client, number).is_file():
+                other.save(client, number, self.load(client, number), 0)
+
     def _rounds(self, client: str) -> list[int]:
         names = [path.stem.removeprefix("round-") for path in self._folder(client).glob("round-*.safetensors")]
         return sorted(int(name) for name in names if name.isdigit())

@@ -64,7 +64,7 @@ def commit(folder: Path, state: RunState, keep: int, check: Callable[[], None] =
         sync_folder(root)
         reach("commit.renamed", state.round)
         # prune only after the rename: a crash in between must leave a loadable checkpoint
-        for old in _checkpoints(folder)[:-keep]:
+        for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     reach("commit.pruned", state.round)
 
@@ -76,7 +76,7 @@ def load_latest(folder: Path) -> tuple[RunState | None, list[str]]:
         CheckpointError: if there are checkpoints but none can be used.
     """
     problems: list[str] = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(checkpoints(folder)):
         try:
             return load(path), problems
         except CheckpointError as error:
@@ -128,8 +128,8 @@ def _read_patches(folder: Path, digests: Sequence[str]) -> dict[str, bytes]:
     return patches
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; by number, since names stop sorting after round 9999."""
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders of a run's checkpoints, oldest first; by number, since names stop sorting after round 9999."""
     found = [p for p in (folder / "checkpoints").glob("round-*") if p.name.removeprefix("round-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 

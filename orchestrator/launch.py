@@ -191,7 +191,7 @@ def _session(
     began = time.perf_counter() - (state.totals.wall_s if state else 0.0)
     try:
         with closing(journal), closing(metrics), _terminate_as_interrupt():
-            emit("run_opened" if state is None else "run_resumed", _facts(config, state, plugins))
+            emit("run_opened" if state is None else "run_resumed", facts(config, state, plugins))
             if state is not None and edited:
                 emit("plugins_changed", {"files": edited, "round": state.round})
             if config.pool == "ray":
@@ -204,8 +204,8 @@ def _session(
                     store(state)
                 check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
-                facts = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
-                fed.emit("run_started", facts | {"clients": describe_members(fed.taking_part)})
+                told = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
+                fed.emit("run_started", told | {"clients": describe_members(fed.taking_part)})
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config)):
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()
@@ -273,7 +273,7 @@ def _edited_plugins(config: RunConfig, folder: Path) -> list[str]:
     return edited
 
 
-def _facts(config: RunConfig, state: RunState | None, plugins: Sequence[Plugin]) -> dict[str, Any]:
+def facts(config: RunConfig, state: RunState | None, plugins: Sequence[Plugin]) -> dict[str, Any]:
     """What a later reader needs to judge whether two runs may be compared bit for bit."""
     packages = ("torch", "transformers", "peft", "numpy", "safetensors")
     return {
