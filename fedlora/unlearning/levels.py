@@ -5,7 +5,7 @@ from collections.abc import Mapping
 LEVELS: Mapping[str, str] = {
     "E1": "Exact: what is left is byte for byte a run that never had the target.",
     "E2": "Exact in distribution: what is left could as well have come from retraining without the target.",
-    "C": "Certified: what is left differs from retraining without the target by no more than a stated (epsilon, delta).",
+    "C": "Certified: what is left is within a stated (epsilon, delta) of retraining without the target.",
     "A": "Approximate: tests found no trace of the target beyond the control's; there is evidence and no proof.",
     "S": "Suppression: the target no longer shows in the outputs, and its data is still in the weights. No erasure.",
 }

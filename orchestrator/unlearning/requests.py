@@ -60,7 +60,7 @@ def receive(folder: Path, signed: SignedRequest, keys: Keys) -> Standing:
         )
     if signed.run != run:
         raise UnlearningError(f"{signed.request}: it was signed for the run {signed.run[:12]}; {folder} is {run[:12]}")
-    with _open(folder) as log:
+    with open_log(folder) as log:
         same = [known for known in log.requests.values() if known.signed.content == signed.content]
         reason = _not_authorised(signed, keys)
         if reason is None:
@@ -86,8 +86,8 @@ def advance(folder: Path, request: str, phase: str, facts: Mapping[str, Any] | N
         RunFolderError: if the log is damaged or cannot be written.
     """
     plain = json.loads(canonical(dict(facts or {})))
-    with _open(folder) as log:
-        standing = _named(log.requests, request)
+    with open_log(folder) as log:
+        standing = named(log.requests, request)
         return log.add(request, phase, plain) if check_step(standing, phase, plain) else standing
 
 
@@ -103,7 +103,7 @@ def find_request(folder: Path, request: str) -> Standing:
         UnlearningError: if there is none of that id.
         RunFolderError: if the log is damaged.
     """
-    return _named(read_requests(folder), request)
+    return named(read_requests(folder), request)
 
 
 def read_requests(folder: Path) -> dict[str, Standing]:
@@ -125,9 +125,8 @@ def check_log(folder: Path) -> list[str]:
     chain = read_log(folder)
     problems = [f"{LOG}: {problem}" for problem in chain.problems]
     if not problems:
-        for standing in fold(chain.records).values():
-            if not standing.signed.is_genuine():
-                problems.append(f"{LOG}: {standing.id} does not bear the signature of who asked for it")
+        forged = [known.id for known in fold(chain.records).values() if not known.signed.is_genuine()]
+        problems = [f"{LOG}: {name} does not bear the signature of who asked for it" for name in forged]
     return problems
 
 
@@ -146,8 +145,13 @@ def read_log(folder: Path) -> Chain:
 
 
 @dataclass
-class _Log:
-    """The log while its lock is held."""
+class Log:
+    """The log while its lock is held.
+
+    Attributes:
+        start: what the first record is chained to.
+        chain, requests: the log as it was when it was locked.
+    """
 
     path: Path
     start: str
@@ -172,8 +176,12 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _open(folder: Path) -> Iterator[_Log]:
-    """The log, for this process alone."""
+def open_log(folder: Path) -> Iterator[Log]:
+    """The log, for this process alone until the block ends.
+
+    Raises:
+        RunFolderError: if the log is damaged, or the folder cannot be written or is not that of a run.
+    """
     start, path = identity(folder), folder / LOG
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,7 @@ def _open(folder: Path) -> Iterator[_Log]:
         with writing(path):
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits: a line takes milliseconds
         chain = read_log(folder)
-        yield _Log(path, start, chain, _folded(folder, chain))
+        yield Log(path, start, chain, _folded(folder, chain))
     finally:
         os.close(lock)  # and with it the lock, as at any other end of the process
 
@@ -193,7 +201,8 @@ def _folded(folder: Path, chain: Chain) -> dict[str, Standing]:
     return fold(chain.records)
 
 
-def _named(requests: Mapping[str, Standing], name: str) -> Standing:
+def named(requests: Mapping[str, Standing], name: str) -> Standing:
+    """The request of that id. Raises ``UnlearningError`` if there is none."""
     if name not in requests:
         raise UnlearningError(f"there is no request {name}{nearest(name, requests)}")
     return requests[name]
