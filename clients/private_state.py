@@ -114,16 +114,22 @@ class PrivateState:
                 other.save(client, number, self.load(client, number), 0)
 
     def _rounds(self, client: str) -> list[int]:
-        names = [path.stem.removeprefix("round-") for path in self._folder(client).glob("round-*.safetensors")]
-        return sorted(int(name) for name in names if name.isdigit())
+        return list(private_files(self._root, client))
 
     def _file(self, client: str, round: int) -> Path:
-        return self._folder(client) / f"round-{round:06d}.safetensors"
+        return _folder(self._root, client) / f"round-{round:06d}.safetensors"
 
-    def _folder(self, client: str) -> Path:
-        # a name may hold anything, slashes too; the hash keeps two that look alike apart
-        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in client)[:40]
-        return self._root / f"{plain}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
+
+def private_files(root: Path, client: str) -> dict[int, Path]:
+    """What a client keeps, by the round that wrote it, oldest first."""
+    found = ((path.stem.removeprefix("round-"), path) for path in _folder(root, client).glob("round-*.safetensors"))
+    return dict(sorted((int(name), path) for name, path in found if name.isdigit()))
+
+
+def _folder(root: Path, client: str) -> Path:
+    # a name may hold anything, slashes too; the hash keeps two that look alike apart
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in client)[:40]
+    return root / f"{plain}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,6 +67,12 @@ class LeaseLost(FedLoRAError):
     exit_code = 7
 
 
+class UnlearningError(FedLoRAError):
+    """A removal that cannot be asked for, carried on or certified like this."""
+
+    exit_code = 8
+
+
 class RunInterrupted(FedLoRAError):
     """The user stopped the run; it can be resumed."""
 

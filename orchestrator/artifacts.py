@@ -22,6 +22,7 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.model import AdaptedModel, Base, load_base, quiet_transformers
 from fedlora.training.objective import targets_and_logits
 from orchestrator.checkpoint import load_latest
+from orchestrator.exports import note_export
 from orchestrator.results import export_adapter, whole_adapter
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, writing
@@ -86,7 +87,8 @@ def score(run: Run, data: str) -> EvalResult:
 def export(run: Run, target: Path, merge: bool) -> float:
     """Write a PEFT directory, or the merged model with its tokenizer, and prove it.
 
-    The written files are loaded again and their logits compared with the run's own.
+    The written files are loaded again and their logits compared with the run's own. The run folder remembers where it
+    went.
 
     Returns:
         The largest difference of any logit.
@@ -110,6 +112,7 @@ def export(run: Run, target: Path, merge: bool) -> float:
         expected = _logits(model, base, probe)
         with writing(target):
             _write_merged(model.merge_and_unload(), base, target)
+        note_export(run.folder, target, "merged", run.state.round)
         plain = {"name": str(target), "quantization": "none", "dtype": "float32", "revision": None}
         settings = run.config.model.model_copy(update=plain)
         written = _load(replace(run, config=run.config.model_copy(update={"model": settings})))
@@ -119,6 +122,7 @@ def export(run: Run, target: Path, merge: bool) -> float:
         probe = _probe(base.tokenizer)
         expected = _logits(_with_adapter(run, base), base, probe)
         export_adapter(run.state, run.config, run.task, target)
+        note_export(run.folder, target, "adapter", run.state.round)  # one that fails the comparison is a copy too
         again = _load(run)
         found = _logits(PeftModel.from_pretrained(again.model, target), again, probe)
     difference = float((expected - found).abs().max())

@@ -6,12 +6,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 
 from fedlora.errors import CheckpointError
 from orchestrator.failpoints import reach
-from orchestrator.state import RunState, pack, unpack
+from orchestrator.state import SCHEMA, RunState, pack, unpack
 from orchestrator.stores.files import sync_folder, write_atomic, writing
 
 _STATE, _TENSORS, _MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
@@ -92,14 +93,7 @@ def load(path: Path) -> RunState:
     Raises:
         CheckpointError: truncated, altered, or of another schema.
     """
-    try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
-        contents = {name: (path / name).read_bytes() for name in (_STATE, _TENSORS)}
-        damaged = [n for n, content in contents.items() if hashlib.sha256(content).hexdigest() != manifest[n]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is incomplete ({error})") from error
-    if damaged:
-        raise CheckpointError(f"{path}/{damaged[0]} is truncated or altered (its SHA-256 differs from the manifest)")
+    contents = _verified(path, (_STATE, _TENSORS))
     try:
         note = json.loads(contents[_STATE])
         patches = _read_patches(path.parent.parent, [entry["payload"] for entry in note.get("ledger", [])])
@@ -109,6 +103,37 @@ def load(path: Path) -> RunState:
     if path.name != _name(state.round):
         raise CheckpointError(f"{path} holds round {state.round}; it was renamed or swapped")
     return state
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What one checkpoint says of its run, as plain data: everything but the tensors.
+
+    Raises:
+        CheckpointError: truncated, altered, or of another schema.
+    """
+    note: dict[str, Any] = json.loads(_verified(path, (_STATE,))[_STATE])
+    if note.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} has schema {note.get('schema')!r}; this version of fedlora reads {SCHEMA}")
+    return note
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; by number, since names stop sorting after round 9999."""
+    found = [p for p in (folder / "checkpoints").glob("round-*") if p.name.removeprefix("round-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
+
+
+def _verified(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Files of a checkpoint, as the manifest knows them."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        contents = {name: (path / name).read_bytes() for name in names}
+        damaged = [n for n, content in contents.items() if hashlib.sha256(content).hexdigest() != manifest[n]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is incomplete ({error})") from error
+    if damaged:
+        raise CheckpointError(f"{path}/{damaged[0]} is truncated or altered (its SHA-256 differs from the manifest)")
+    return contents
 
 
 def _patch_file(folder: Path, digest: str) -> Path:
@@ -128,11 +153,14 @@ def _read_patches(folder: Path, digests: Sequence[str]) -> dict[str, bytes]:
     return patches
 
 
+<<<<<<< HEAD
 def checkpoints(folder: Path) -> list[Path]:
     """Folders of a run's checkpoints, oldest first; by number, since names stop sorting after round 9999."""
     found = [p for p in (folder / "checkpoints").glob("round-*") if p.name.removeprefix("round-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 
+=======
+>>>>>>> h3
 def _name(round: int) -> str:
     return f"round-{round:04d}"

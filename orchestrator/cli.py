@@ -206,9 +206,12 @@ def export(
     """Write the adapter as a PEFT directory, or the merged model; the logits are compared before it says done."""
     from orchestrator.artifacts import export as write
     from orchestrator.artifacts import open_run
-    from orchestrator.stores.remote import localised
+    from orchestrator.exports import EXPORTS
+    from orchestrator.stores.remote import Mirror, is_url, localised
 
     difference = write(open_run(localised(run)), to, merge)
+    if is_url(run):
+        Mirror(run).put(EXPORTS)
     kind = "merged model" if merge else "PEFT adapter"
     _print(f"{kind} written to {to}; largest difference of a logit {difference:.1e}")
 

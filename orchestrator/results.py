@@ -26,6 +26,8 @@ from orchestrator.report import write_report
 from orchestrator.state import RunState
 from orchestrator.stores.files import write_json, writing
 
+WEIGHTS = "adapter_model.safetensors"  # of a PEFT directory
+
 COSINE_README = """# An adapter with a cosine head
 
 This adapter was trained with `model.head: cosine`: the last layer of its classifier computes `scale * cos(h, w_c)`.
@@ -124,7 +126,7 @@ def _save(adapter: AdapterState, config: RunConfig, task: str, target: Path) -> 
         save_directory(adapter, target, base, TASK_TYPES[task], lora.lora_alpha, lora.use_rslora)
         if config.model.head == "cosine":
             (target / "README.md").write_text(COSINE_README, encoding="utf-8")
-    return target / "adapter_model.safetensors"
+    return target / WEIGHTS
 
 
 def whole_adapter(state: RunState) -> AdapterState:

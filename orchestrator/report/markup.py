@@ -7,6 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
+def document(title: str, body: str) -> str:
+    """A whole page that loads nothing and runs nothing."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><style>{CSS}</style></head><body>
+{body}</body></html>
+"""
+
+
 def figure(title: str, content: str) -> str:
     """A chart under its caption."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{content}</figure>"

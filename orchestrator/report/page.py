@@ -13,8 +13,8 @@ import yaml
 from fedlora.errors import RunFolderError
 from orchestrator.report.charts import Record, colour, curves, partition
 from orchestrator.report.markup import (
-    CSS,
     decimal,
+    document,
     escape,
     folded,
     integer,
@@ -120,7 +120,8 @@ def _checked(value: Any, kind: type, place: str) -> Any:
 
 
 def _page(run: _Run) -> str:
-    name = escape(run.summary.get("name") or run.config.get("name") or "unnamed run")
+    title = run.summary.get("name") or run.config.get("name") or "unnamed run"
+    name = escape(title)
     status = escape(run.summary.get("status") or "under way")
     data = (run.config.get("data") or {}).get("name")
     facts = [run.summary.get("strategy"), run.summary.get("model"), data, plural(len(run.clients), "client")]
@@ -134,18 +135,10 @@ def _page(run: _Run) -> str:
         "Incidents": _incidents(run.journal),
         "Configuration": folded("config.yaml", f"<pre>{escape(run.config_text)}</pre>"),
     }
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections.items() if content)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} – FedLoRA run</title><style>{CSS}</style></head><body>
-<h1>{name}<span class="status {status}">{status}</span></h1>
-{soft(" · ".join(fact for fact in facts if fact))}
-{_key_figures(run)}
-{body}</body></html>
-"""
+    body = "".join(f"<section><h2>{part}</h2>{content}</section>\n" for part, content in sections.items() if content)
+    head = f'<h1>{name}<span class="status {status}">{status}</span></h1>'
+    about = soft(" · ".join(fact for fact in facts if fact))
+    return document(f"{title} – FedLoRA run", "\n".join((head, about, _key_figures(run), body)))
 
 
 def _key_figures(run: _Run) -> str:

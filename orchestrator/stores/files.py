@@ -1,6 +1,7 @@
 """The run folder on a file system: atomic files, append-only logs."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from fedlora.config import RunConfig, differences, load_config
 from fedlora.errors import ConfigError, RunFolderError
 
 _WRITTEN = {
-    *("config", "journal", "metrics", "partition", "labels", "summary", "report"),
+    *("config", "journal", "metrics", "partition", "labels", "summary", "report", "exports"),
     *("checkpoints", "adapter", "ledger", "private", "lease"),
 }
 
@@ -74,6 +75,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"cannot read {path}: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece.
+
+    Raises:
+        RunFolderError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class JsonLines:
@@ -204,6 +218,11 @@ def _content(folder: Path) -> list[Path]:
 
 def _check_removable(folder: Path) -> None:
     """Refuse to touch a folder that holds anything but what a run writes."""
+    if (folder / "unlearning" / "requests.jsonl").exists():
+        raise RunFolderError(
+            f"{folder} holds requests to unlearn and what became of them (unlearning/), which must outlive the run;"
+            " choose another output_dir, or move the folder away first"
+        )
     foreign = sorted(path.name for path in folder.iterdir() if path.name.lstrip(".").split(".")[0] not in _WRITTEN)
     if foreign or not (folder / "journal.jsonl").is_file():
         what = f"it holds {foreign[0]}" if foreign else "it has no journal.jsonl"

@@ -125,6 +125,15 @@ class Mirror:
                 self._remove(name)
                 del self._copied[name]
 
+    def put(self, name: str) -> None:
+        """Copy one file that was changed here outside a session.
+
+        Raises:
+            RunFolderError: as of ``publish``.
+        """
+        with self._speaking("write"):
+            self._put(name)
+
     def _changed(self, name: str, stamp: tuple[int, int], everything: bool) -> bool:
         before = self._copied.get(name)
         if before is None or before == stamp:

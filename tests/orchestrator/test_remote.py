@@ -56,6 +56,15 @@ def test_files_that_are_gone_here_are_gone_there_and_those_that_are_gone_there_a
     assert [path.name for path in mirror.folder.iterdir()] == ["config.yaml"]
 
 
+def test_one_file_is_copied_outside_a_session_and_outlives_the_next_fetch(bucket: fsspec.AbstractFileSystem) -> None:
+    mirror = Mirror(URL)
+    (mirror.folder / "exports.jsonl").parent.mkdir(parents=True, exist_ok=True)
+    (mirror.folder / "exports.jsonl").write_text("{}\n")
+    mirror.put("exports.jsonl")
+    Mirror(URL).fetch()
+    assert (mirror.folder / "exports.jsonl").read_text() == "{}\n"
+
+
 def test_what_clients_keep_to_themselves_leaves_no_machine(bucket: fsspec.AbstractFileSystem) -> None:
     mirror = Mirror(URL)
     (mirror.folder / "private").mkdir(parents=True)
