@@ -57,6 +57,20 @@ def open_run(folder: Path) -> Run:
     return Run(folder, config, state, tuple(read_json(folder / "labels.json")))
 
 
+def load(run: Run) -> Base:
+    """The bare base of a run."""
+    return load_base(base_spec(run.config, run.task, run.labels))
+
+
+def with_adapter(run: Run, base: Base) -> Any:
+    """The run's model: its ledger and its adapter on a base, which is changed for good."""
+    adapter = whole_adapter(run.state)
+    adapter = adapter.map(lambda update: pad(update, adapter.rank))
+    model = AdaptedModel(base, adapter_spec(run.config)).at_rank(adapter.rank)
+    insert(model, f"r{adapter.rank}", adapter)
+    return model
+
+
 def score(run: Run, data: str) -> EvalResult:
     """Score the run's adapter on a file.
 
@@ -74,8 +88,8 @@ def score(run: Run, data: str) -> EvalResult:
                 f"data: row {number} of {data} has the label {label!r}, which is not in the run's label set of"
                 f" {len(run.labels)}{nearest(label, run.labels)}"
             )
-    base = _load(run)
-    model = _with_adapter(run, base)
+    base = load(run)
+    model = with_adapter(run, base)
     examples = encode(
         rows.table.to_list(), rows.form, base.tokenizer, run.config.data.max_length, run.labels, data
     ).examples
@@ -108,22 +122,26 @@ def export(run: Run, target: Path, merge: bool) -> float:
     if merge:
         base = _merge_base(run)
         probe = _probe(base.tokenizer)
-        model = _with_adapter(run, base)
+        model = with_adapter(run, base)
         expected = _logits(model, base, probe)
         with writing(target):
             _write_merged(model.merge_and_unload(), base, target)
         note_export(run.folder, target, "merged", run.state.round)
         plain = {"name": str(target), "quantization": "none", "dtype": "float32", "revision": None}
         settings = run.config.model.model_copy(update=plain)
-        written = _load(replace(run, config=run.config.model_copy(update={"model": settings})))
+        written = load(replace(run, config=run.config.model_copy(update={"model": settings})))
         found = _logits(written.model, written, probe)
     else:
-        base = _load(run)
+        base = load(run)
         probe = _probe(base.tokenizer)
-        expected = _logits(_with_adapter(run, base), base, probe)
+        expected = _logits(with_adapter(run, base), base, probe)
         export_adapter(run.state, run.config, run.task, target)
+<<<<<<< HEAD
         note_export(run.folder, target, "adapter", run.state.round)  # one that fails the comparison is a copy too
         again = _load(run)
+=======
+        again = load(run)
+>>>>>>> h4
         found = _logits(PeftModel.from_pretrained(again.model, target), again, probe)
     difference = float((expected - found).abs().max())
     if not difference <= TOLERANCE:
@@ -133,21 +151,9 @@ def export(run: Run, target: Path, merge: bool) -> float:
     return difference
 
 
-def _load(run: Run) -> Base:
-    return load_base(base_spec(run.config, run.task, run.labels))
-
-
-def _with_adapter(run: Run, base: Base) -> Any:
-    adapter = whole_adapter(run.state)
-    adapter = adapter.map(lambda update: pad(update, adapter.rank))
-    model = AdaptedModel(base, adapter_spec(run.config)).at_rank(adapter.rank)
-    insert(model, f"r{adapter.rank}", adapter)
-    return model
-
-
 def _merge_base(run: Run) -> Base:
     """The base as it is merged into: fp32, and dequantised if it was 4-bit, so that nothing is rounded twice."""
-    base = _load(run)
+    base = load(run)
     if run.config.model.quantization != "none":
         base.model = base.model.dequantize()
     base.model.float()

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,14 +176,35 @@ def validate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
 @app.command("eval")
 def evaluate(
     run: RunPlace,
-    data: Annotated[str, typer.Option(help="a JSONL, CSV or Parquet file in the form the run was trained on")],
+    data: Annotated[
+        str | None, typer.Option(help="a JSONL, CSV or Parquet file in the form the run was trained on")
+    ] = None,
+    lm_eval: Annotated[
+        Path | None,
+        typer.Option(metavar="TASK.yaml", help="score a language model before and after on a task of lm_eval"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="with --lm-eval: so many rows of the task")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="with --lm-eval: run Python of the task file")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's adapter on a file of rows."""
+    """Score a run's adapter on a file of rows, or on a task of lm-evaluation-harness."""
+    if (data is None) == (lm_eval is None):
+        raise ConfigError("eval: give one of --data ROWS.jsonl and --lm-eval TASK.yaml")
+    if lm_eval is None and (limit is not None or allow_code):
+        raise ConfigError(f"eval: {'--limit' if limit is not None else '--allow-code'} goes with --lm-eval")
     from orchestrator.artifacts import open_run, score
     from orchestrator.stores.remote import localised
 
     opened = open_run(localised(run))
+    if lm_eval is not None:
+        from orchestrator.harness import as_text, score_task
+
+        report = score_task(opened, lm_eval, limit, allow_code)
+        _print(json.dumps(asdict(report)) if as_json else as_text(report))
+        return
+    assert data is not None
     result = score(opened, data)
     metric = "accuracy" if opened.labels else "exact match"
     if as_json:

@@ -24,6 +24,10 @@ from fedlora.errors import DataError, nearest
 from fedlora.packages import package_folder
 from fedlora.seeds import derive_seed
 
+# or it tells a server of every local file that it opens; a setting in the environment would come too late if datasets
+# is imported already
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
 LABEL_COLUMNS = ("label", "labels", "intent", "category", "target", "class")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
