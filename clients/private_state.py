@@ -99,7 +99,7 @@ class PrivateState:
 
     def holds(self, accepted: Mapping[str, int]) -> bool:
         """Whether every client that keeps anything still has what it had after these rounds."""
-        kept = {client: number for client, number in accepted.items() if self._folder(client).is_dir()}
+        kept = {client: number for client, number in accepted.items() if _folder(self._root, client).is_dir()}
         return all(self._file(client, number).is_file() for client, number in kept.items())
 
     def copy(self, target: Path, accepted: Mapping[str, int]) -> None:

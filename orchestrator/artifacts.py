@@ -136,12 +136,8 @@ def export(run: Run, target: Path, merge: bool) -> float:
         probe = _probe(base.tokenizer)
         expected = _logits(with_adapter(run, base), base, probe)
         export_adapter(run.state, run.config, run.task, target)
-<<<<<<< HEAD
         note_export(run.folder, target, "adapter", run.state.round)  # one that fails the comparison is a copy too
-        again = _load(run)
-=======
         again = load(run)
->>>>>>> h4
         found = _logits(PeftModel.from_pretrained(again.model, target), again, probe)
     difference = float((expected - found).abs().max())
     if not difference <= TOLERANCE:

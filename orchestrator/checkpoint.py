@@ -153,14 +153,5 @@ def _read_patches(folder: Path, digests: Sequence[str]) -> dict[str, bytes]:
     return patches
 
 
-<<<<<<< HEAD
-def checkpoints(folder: Path) -> list[Path]:
-    """Folders of a run's checkpoints, oldest first; by number, since names stop sorting after round 9999."""
-    found = [p for p in (folder / "checkpoints").glob("round-*") if p.name.removeprefix("round-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
-
-
-=======
->>>>>>> h3
 def _name(round: int) -> str:
     return f"round-{round:04d}"

@@ -204,8 +204,8 @@ def _session(
                     store(state)
                 check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
-                told = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
-                fed.emit("run_started", told | {"clients": describe_members(fed.taking_part)})
+                begun = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
+                fed.emit("run_started", begun | {"clients": describe_members(fed.taking_part)})
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config)):
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()

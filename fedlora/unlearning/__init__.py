@@ -1,9 +1,5 @@
-<<<<<<< HEAD
 """Taking out what was learned. What the author of a forget loss needs can be imported from here."""
 
 from fedlora.unlearning.forget_losses import FORGET_LOSSES, ForgetLoss
 
 __all__ = ["FORGET_LOSSES", "ForgetLoss"]
-=======
-"""Taking a client, a task or records out of what was learned, and the evidence for it."""
->>>>>>> h3

@@ -1,13 +1,14 @@
 """Exact unlearning of clients: back to before they took part, and the rounds once more without them.
 
-A run without a client is the same configuration with ``clients.exclude``: the client keeps its place in every draw and is
-never asked. Up to the first round that would have asked it, both runs are the same, so a checkpoint from before that
+A run without a client is the same configuration with ``clients.exclude``: the client keeps its place in every draw and
+is never asked. Up to the first round that would have asked it, both runs are the same, so a checkpoint from before that
 round belongs to both, and what follows is played again. Nothing is undone, nothing is approximated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 
 from clients.private_state import PrivateState
 from fedlora.config import RunConfig
-from fedlora.errors import CheckpointError, FedLoRAError, UnlearningError
+from fedlora.errors import CheckpointError, UnlearningError
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.state import RunState
@@ -157,13 +158,11 @@ def _doubts(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]], 
     loose = schedule.mode == "async" or schedule.deadline_s is not None or schedule.over_selection > 1
     if loose and config.fleet is None:
         doubts.append("which answers came in time was left to a real clock")
-    if lost := [row["round"] for row in rows if row["round"] <= start and (row["failed"] or row["late"])]:
-        if config.fleet is None:
-            doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")
+    lost = [row["round"] for row in rows if row["round"] <= start and (row["failed"] or row["late"])]
+    if lost and config.fleet is None:
+        doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")
     return doubts
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    import json
-
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,110 @@
+"""A client rolled back: the bytes of a run that never had it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.config import RunConfig
+from fedlora.errors import RunInterrupted, UnlearningError
+from orchestrator import launch
+from orchestrator.stores.files import read_config, read_lines
+from orchestrator.unlearning.rollback import plan_rollback, replay, without
+from tests.conftest import quiet, toy_config
+
+RULES: dict[str, Any] = {
+    "fedit": "fedit",
+    "flexlora": "flexlora",
+    "fedex_het with momentum": [{"server_momentum": {"beta": 0.9}}, "fedex_het"],
+    "scaffold": ["scaffold", "fedit"],
+}
+STREAM = {"continual": {"split": 2, "rounds": 2}}
+
+
+def config_of(folder: Path, rule: str = "flexlora", **changes: Any) -> RunConfig:
+    """Four rounds of three out of six clients; c1 comes in round 3."""
+    equal = rule in ("fedit", "scaffold")
+    clients = {"count": 6, "per_round": 3, "ranks": [4] if equal else [2, 4, 8], "joins": {"c1": 3}}
+    if rule == "fedex_het with momentum":
+        clients["ranks"] = [4]
+    settings = {"clients": clients, "strategy": RULES[rule], "rounds": 4, "keep_checkpoints": 9, **changes}
+    return toy_config(folder, **settings)
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def asked(folder: Path) -> list[list[str]]:
+    return [row["selected"] for row in read_lines(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_replay_gives_the_bytes_of_a_run_that_never_had_the_client(
+    tmp_path: Path, rule: str, changes: dict[str, Any]
+) -> None:
+    config = config_of(tmp_path / "run", rule, **changes)
+    launch.run(config, quiet)
+    late = next(c for row in reversed(asked(tmp_path / "run")) for c in row if c not in asked(tmp_path / "run")[0])
+    plan = plan_rollback(tmp_path / "run", [late])
+    assert (plan.level, plan.doubts) == ("E1", ())
+    assert plan.first is not None
+    assert plan.start == plan.first - 1
+    assert plan.cost == (4 - plan.start) / 4
+    before = adapter_of(tmp_path / "run")
+    replay(tmp_path / "run", plan, tmp_path / "replay", quiet)
+    launch.run(without(config, [late]).model_copy(update={"output_dir": str(tmp_path / "control")}), quiet)
+    assert adapter_of(tmp_path / "replay") == adapter_of(tmp_path / "control") != before
+    assert asked(tmp_path / "replay") == asked(tmp_path / "control")
+    assert adapter_of(tmp_path / "run") == before  # nothing has been done to the run itself
+    assert not any(late in row for row in asked(tmp_path / "replay"))
+
+
+def test_without_an_old_enough_checkpoint_everything_is_played_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", keep_checkpoints=1)
+    launch.run(config, quiet)
+    target = asked(tmp_path / "run")[0][0]
+    plan = plan_rollback(tmp_path / "run", [target])
+    assert (plan.first, plan.start, plan.replayed, plan.level) == (1, None, 4, "E1")
+    replay(tmp_path / "run", plan, tmp_path / "replay", quiet)
+    launch.run(without(config, [target]).model_copy(update={"output_dir": str(tmp_path / "control")}), quiet)
+    assert adapter_of(tmp_path / "replay") == adapter_of(tmp_path / "control")
+
+
+def test_a_client_that_never_took_part_costs_nothing(tmp_path: Path) -> None:
+    launch.run(config_of(tmp_path / "run", clients__joins={"c5": 9}), quiet)
+    plan = plan_rollback(tmp_path / "run", ["c5"])
+    assert (plan.first, plan.replayed, plan.cost) == (None, 0, 0.0)
+
+
+def test_a_replay_that_was_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    launch.run(config_of(tmp_path / "run"), quiet)
+    plan = plan_rollback(tmp_path / "run", [asked(tmp_path / "run")[0][0]])
+
+    def stop(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "round_committed" and fields["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(RunInterrupted):
+        replay(tmp_path / "run", plan, tmp_path / "stopped", stop)
+    replay(tmp_path / "run", plan, tmp_path / "stopped", quiet)
+    replay(tmp_path / "run", plan, tmp_path / "whole", quiet)
+    assert adapter_of(tmp_path / "stopped") == adapter_of(tmp_path / "whole")
+    assert read_config(tmp_path / "stopped").clients.exclude == list(plan.clients)
+
+
+def test_what_is_left_to_a_real_clock_is_not_claimed_to_be_the_same_bytes(tmp_path: Path) -> None:
+    launch.run(config_of(tmp_path / "run", schedule={"deadline_s": 300.0}), quiet)
+    plan = plan_rollback(tmp_path / "run", ["c0"])
+    assert plan.level == "E2"
+    assert plan.doubts == ("which answers came in time was left to a real clock",)
+
+
+def test_a_run_without_a_committed_round_has_nothing_to_unlearn(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(UnlearningError, match="has no committed round"):
+        plan_rollback(tmp_path / "run", ["c0"])
