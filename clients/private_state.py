@@ -111,7 +111,7 @@ class PrivateState:
         other = PrivateState(target, self._keep)
         for client, number in accepted.items():
             if self._file(client, number).is_file():
-                other.save(client, number, self.load(client, number), 0)
+                other.save(client, number, self.load(client, number), number)
 
     def _rounds(self, client: str) -> list[int]:
         return list(private_files(self._root, client))

@@ -15,6 +15,7 @@ import typer
 
 from fedlora import __version__
 from fedlora.errors import ConfigError, FedLoRAError
+from orchestrator.unlearning.commands import app as unlearn_app
 
 app = typer.Typer(
     name="fedlora",
@@ -28,6 +29,7 @@ runs_app = typer.Typer(help="Look at runs.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 strategies_app = typer.Typer(help="Look at strategies, and check your own.", no_args_is_help=True)
 app.add_typer(strategies_app, name="strategies")
+app.add_typer(unlearn_app, name="unlearn")
 
 ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, such as configs/quickstart.yaml")]
 RunPlace = Annotated[str, typer.Argument(help="a run folder, such as runs/quickstart, or the URL of one")]
@@ -338,6 +340,21 @@ def check_strategies(
     _print(json.dumps(as_data(file, verdicts)) if as_json else as_text(file, verdicts))
     if not passed(verdicts):
         raise typer.Exit(2)
+
+
+@app.command("lineage")
+def show_lineage(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    client: Annotated[str | None, typer.Option(help="id of a client")] = None,
+    task: Annotated[str | None, typer.Option(help="name of a task of a stream")] = None,
+) -> None:
+    """Everything in a run folder that descends from a client or a task."""
+    from orchestrator.unlearning.lineage import lineage
+
+    if bool(client) == bool(task):
+        raise ConfigError("lineage: give --client or --task")
+    for line in lineage(run, client=client, task=task):
+        _print(line)
 
 
 @app.command()

@@ -182,6 +182,9 @@ class Screen:
         why = fields["evidence"].get("reason") or "its loss has settled"
         self._say(f"[cyan]{escape(fields['task'])}[/] ended with round {fields['round']} ({why})")
 
+    def _on_unlearning(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"{fields['request']}: {fields['phase']}")
+
     def _on_frozen(self, fields: Mapping[str, Any]) -> None:
         why = fields["evidence"].get("reason") or fields["evidence"]["policy"]
         self._say(f"[cyan]frozen[/] after round {fields['round']} ({why}); a fresh adapter starts")

@@ -47,6 +47,7 @@ from orchestrator.stores.files import (
     write_json,
 )
 from orchestrator.stores.remote import Mirror, is_url
+from orchestrator.unlearning.requests import LOG, pending
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 
@@ -76,7 +77,7 @@ def run(config: RunConfig, listen: Listener, overwrite: bool = False) -> dict[st
         raise
     if present:
         return _go_on(config, folder, listen)
-    with _hold(config, folder) as lease:
+    with hold_run(config, folder) as lease:
         if open_folder(config, overwrite):
             return _go_on(config, folder, listen, lease)
         return _play(config, folder, None, listen, lease)
@@ -87,7 +88,7 @@ def _run_elsewhere(
 ) -> dict[str, Any]:
     """A run whose folder belongs to another file system."""
     config = config.model_copy(update={"output_dir": str(mirror.folder)})
-    with _hold(config, mirror.folder, mirror) as lease:
+    with hold_run(config, mirror.folder, mirror) as lease:
         mirror.fetch()  # not before the lease: whoever plays the run here is ahead of the copy
         if present or open_folder(config, overwrite):
             return _go_on(config, mirror.folder, listen, lease, mirror)
@@ -119,7 +120,7 @@ def _go_on(
         listen("already_finished", {"folder": str(folder)})
         return summary
     if lease is None:
-        with _hold(config, folder, mirror) as lease:
+        with hold_run(config, folder, mirror) as lease:
             return _go_on(config, folder, listen, lease, mirror)
     state, problems = load_latest(folder)
     for problem in problems:
@@ -173,7 +174,7 @@ def _session(
     mark = partial(_mark, folder, lease, announce)
 
     def emit(event: str, fields: Mapping[str, Any]) -> None:
-        record = _stamped(event, fields)
+        record = stamped(event, fields)
         journal.append(record)
         announce(record)
         listen(event, fields)
@@ -207,6 +208,7 @@ def _session(
                 begun = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
                 fed.emit("run_started", begun | {"clients": describe_members(fed.taking_part)})
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config)):
+                    _give_way(folder, state.round)
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()
                 return finish(config, folder, scored_at_the_end(fed, state), fed, base, began)
@@ -218,6 +220,9 @@ def _session(
         raise RunInterrupted(
             f"stopped; {done} of {config.rounds} rounds are committed. Go on with: fedlora resume {folder}"
         ) from None
+    except RunInterrupted as error:
+        mark("interrupted", str(error), error.exit_code)
+        raise
     except FedLoRAError as error:
         mark("failed", str(error), error.exit_code)
         raise
@@ -230,6 +235,19 @@ def _session(
         told = f"plugins: {path}, {where} raised {type(error).__name__}: {error}; try fedlora strategies check {path}"
         mark("failed", told, ConfigError.exit_code)
         raise ConfigError(told) from error
+
+
+def _give_way(folder: Path, done: int) -> None:
+    """Stop between two rounds where somebody has asked to take something out.
+
+    Raises:
+        RunInterrupted: what is learned from here on would have to be unlearned too.
+    """
+    if waiting := pending(folder) if (folder / LOG).exists() else []:
+        raise RunInterrupted(
+            f"stopped after round {done}: {waiting[0].id} asks to take out {waiting[0].request} and is"
+            f" {waiting[0].phase}. Let fedlora unlearn run finish it, then go on with: fedlora resume {folder}"
+        )
 
 
 def _patience_s(config: RunConfig) -> float:
@@ -304,7 +322,7 @@ def _write_members(folder: Path, members: Sequence[ClientInfo], base: BaseInfo) 
     write_json(folder / "labels.json", list(base.labels))
 
 
-def _hold(config: RunConfig, folder: Path, mirror: Mirror | None = None) -> contextlib.AbstractContextManager[Lease]:
+def hold_run(config: RunConfig, folder: Path, mirror: Mirror | None = None) -> contextlib.AbstractContextManager[Lease]:
     redis = config.store.redis or os.environ.get("FEDLORA_REDIS")
     return hold(folder, redis, config.store.lease_s, mirror.url if mirror else None)
 
@@ -317,7 +335,7 @@ def _mark(folder: Path, lease: Lease, announce: Announcer, status: str, reason: 
     event = "run_interrupted" if status == "interrupted" else "run_failed"
     with contextlib.suppress(FedLoRAError):
         lease.check()
-        record = _stamped(event, {"reason": reason, "exit_code": exit_code})
+        record = stamped(event, {"reason": reason, "exit_code": exit_code})
         with closing(JsonLines(folder / "journal.jsonl")) as journal:
             journal.append(record)
         announce(record)
@@ -325,7 +343,8 @@ def _mark(folder: Path, lease: Lease, announce: Announcer, status: str, reason: 
         write_report(folder)
 
 
-def _stamped(event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def stamped(event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An event as the journal has it."""
     return {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
 
 

@@ -235,7 +235,7 @@ def _not_authorised(signed: SignedRequest, keys: Keys) -> str | None:
 
 def _refusal(folder: Path, request: Request, requests: Mapping[str, Standing]) -> str | None:
     """Why a request cannot be done; None if it can be tried."""
-    return _unknown(folder, request) or _repeated(request, requests) or _last_clients(folder, request, requests)
+    return _repeated(request, requests) or _unknown(folder, request) or _last_clients(folder, request, requests)
 
 
 def _unknown(folder: Path, request: Request) -> str | None:

@@ -89,8 +89,7 @@ def replay(folder: Path, plan: Rollback, work: Path, listen: Listener) -> dict[s
     Raises:
         FedLoRAError: what a run may raise.
     """
-    if not work.exists():
-        _prepare(folder, plan, work)
+    prepare(folder, plan, work)
     return launch.resume(work, listen)
 
 
@@ -100,19 +99,22 @@ def without(config: RunConfig, clients: Collection[str]) -> RunConfig:
     return config.model_copy(update={"clients": config.clients.model_copy(update={"exclude": excluded})})
 
 
-def _prepare(folder: Path, plan: Rollback, work: Path) -> None:
+def prepare(folder: Path, plan: Rollback, work: Path) -> None:
     """The folder of the run without the clients, as it stood after round ``plan.start``; whole, or not at all."""
+    if work.exists():
+        return
     config = without(read_config(folder), plan.clients)
     scratch = work.with_name(f".{work.name}")
     if scratch.exists():
         shutil.rmtree(scratch)
     write_atomic(scratch / "config.yaml", config.model_copy(update={"output_dir": str(work)}).to_yaml())
     if plan.start is not None:
-        state = replace(_at(folder, plan.start), config_sha256=config.sha256())
-        commit(scratch, state, config.keep_checkpoints)
+        # older ones too: they are as clean, and a later request may need one
+        for state in _up_to(folder, plan.start):
+            commit(scratch, replace(state, config_sha256=config.sha256()), config.keep_checkpoints)
+            PrivateState(folder / "private", config.keep_checkpoints).copy(scratch / "private", state.accepted)
         before = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] <= plan.start]
         write_atomic(scratch / "metrics.jsonl", _lines(before))
-        PrivateState(folder / "private", 1).copy(scratch / "private", state.accepted)
     scratch.rename(work)
 
 
@@ -136,12 +138,16 @@ def _start(folder: Path, config: RunConfig, first: int, clients: Collection[str]
     return None
 
 
-def _at(folder: Path, round: int) -> RunState:
+def _up_to(folder: Path, last: int) -> list[RunState]:
+    """The states that checkpoints hold up to round ``last``, oldest first."""
+    states = []
     for path in checkpoints(folder):
         with contextlib.suppress(CheckpointError):
-            if (state := load(path)).round == round:
-                return state
-    raise UnlearningError(f"{folder}: the checkpoint of round {round} is not there any more; plan again")
+            state = load(path)
+            states += [state] if state.round <= last else []
+    if not states or states[-1].round != last:
+        raise UnlearningError(f"{folder}: the checkpoint of round {last} is not there any more; plan again")
+    return states
 
 
 def _doubts(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]], start: int) -> list[str]:

@@ -1,0 +1,184 @@
+"""``fedlora unlearn``: ask for a removal, carry it out, and check what was certified."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.errors import ConfigError, LeaseHeld, UnlearningError
+
+if TYPE_CHECKING:
+    from fedlora.unlearning.keys import Keys
+    from orchestrator.lease import Lease
+
+app = typer.Typer(help="Take out what was learned, and prove it.", no_args_is_help=True)
+
+RunFolder = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart")]
+Clients = Annotated[list[str] | None, typer.Option("--client", metavar="ID", help="a client to take out; repeatable")]
+RequestId = Annotated[str, typer.Option("--request", metavar="R1", help="id of a request")]
+Authorised = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PLACE", help="public keys of who may ask: a .pub file or a folder of them; or $FEDLORA_KEYS"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+POLL_S = 0.5
+
+
+@app.command()
+def key(
+    path: Annotated[Path, typer.Argument(help="where to write it; the public one goes beside it")],
+) -> None:
+    """Make a key that signs requests and certificates."""
+    from fedlora.unlearning.keys import new_key
+
+    typer.echo(f"{path}: {new_key(path)}")
+
+
+@app.command()
+def plan(run: RunFolder, client: Clients = None, as_json: AsJson = False) -> None:
+    """What a client influenced, and what taking it out costs. Changes nothing."""
+    from orchestrator.unlearning.lineage import lineage
+    from orchestrator.unlearning.rollback import plan_rollback
+
+    names = _known(run, client)
+    found = plan_rollback(run, names)
+    if as_json:
+        typer.echo(json.dumps({"action": "rollback", **asdict(found), "replayed": found.replayed, "cost": found.cost}))
+        return
+    for name in names:
+        for line in lineage(run, client=name):
+            typer.echo(line)
+    begin = "from the start" if found.start is None else f"from the checkpoint of round {found.start}"
+    if found.first is None:
+        typer.echo("rollback: no round asked it, nothing has to be played again")
+    else:
+        typer.echo(
+            f"rollback: first asked in round {found.first}; {found.replayed} of {found.rounds} rounds are played again,"
+            f" {begin} ({100 * found.cost:.0f} % of retraining)"
+        )
+    typer.echo(f"level: {found.level}" + "".join(f"\n  not E1: {doubt}" for doubt in found.doubts))
+    typer.echo("until it is done the run stays as it is; --now puts its last adapter without the client in use first")
+
+
+@app.command("run")
+def run_request(
+    run: RunFolder,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="private key that signs the request and its certificate")],
+    client: Clients = None,
+    action: Annotated[str, typer.Option(help="rollback")] = "rollback",
+    now: Annotated[bool, typer.Option("--now", help="contain first, erase after")] = False,
+    authorised: Authorised = None,
+    patience: Annotated[float, typer.Option(min=0, help="seconds to wait for a run that is being played")] = 3600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Take clients out. The same command again goes on where it was stopped."""
+    from fedlora.unlearning.keys import load_key
+    from fedlora.unlearning.request import Request, sign_request
+    from orchestrator.console import JsonScreen, Screen
+    from orchestrator.unlearning.execute import carry_out
+    from orchestrator.unlearning.requests import identity, receive
+
+    _known(run, client, erased=True)
+    signer, keys = load_key(key), _keys(authorised)
+    request = Request("client", tuple(client or ()), action, now)
+    standing = receive(run, sign_request(request, identity(run), signer), keys)
+    if standing.reason:
+        raise UnlearningError(f"{standing.id} is refused: {standing.reason}")
+    screen: JsonScreen | Screen = JsonScreen() if as_json else Screen()
+    with screen, _lease(run, patience) as lease:
+        standing = carry_out(run, standing.id, lease, signer, screen)
+    path = run / "unlearning" / f"{standing.id}.json"
+    if as_json:
+        typer.echo(json.dumps({"request": standing.id, "level": standing.level, "certificate": str(path)}))
+        return
+    typer.echo(f"{standing.id}: {request} taken out at level {standing.level}; certificate {path}")
+    if "goes_on_from" in standing.facts["executed"]:
+        typer.echo(f"the run goes on after round {standing.facts['executed']['goes_on_from']}: fedlora resume {run}")
+
+
+@app.command("list")
+def list_requests(run: RunFolder, as_json: AsJson = False) -> None:
+    """Every request of a run, and where it stands."""
+    from orchestrator.unlearning.requests import read_requests
+
+    for standing in read_requests(run).values():
+        told = {"request": standing.id, "asks": str(standing.request), "phase": standing.phase, "level": standing.level}
+        if as_json:
+            typer.echo(json.dumps({**told, "reason": standing.reason}))
+        else:
+            why = f" ({standing.reason})" if standing.reason else ""
+            typer.echo(f"{standing.id}  {standing.request}  {standing.phase}  {standing.level or ''}{why}")
+
+
+@app.command()
+def certificate(run: RunFolder, request: RequestId) -> None:
+    """Print a certificate as JSON; the page beside it is for reading."""
+    path = run / "unlearning" / f"{request}.json"
+    if not path.exists():
+        from orchestrator.unlearning.requests import find_request
+
+        raise UnlearningError(f"{request} is {find_request(run, request).phase}, and has no certificate")
+    typer.echo(path.read_text())
+
+
+@app.command()
+def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as_json: AsJson = False) -> None:
+    """Check a certificate and everything it speaks of; exit code 8 if anything is not as it was certified."""
+    from orchestrator.unlearning.certificate import verify_certificate
+
+    problems = verify_certificate(run, request, _keys(authorised))
+    if as_json:
+        typer.echo(json.dumps({"request": request, "problems": problems}))
+    elif not problems:
+        typer.echo(f"{request}: the certificate, the logs and every artefact are as certified")
+    for problem in problems if not as_json else ():
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(UnlearningError.exit_code)
+
+
+def _known(run: Path, clients: list[str] | None, erased: bool = False) -> list[str]:
+    """The clients that are named. The request log refuses those that a run does not have, with its reason."""
+    from fedlora.errors import nearest
+    from orchestrator.stores.files import read_config, read_json
+
+    read_config(run)
+    if not clients:
+        raise ConfigError("unlearn: name a client to take out, such as --client c7")
+    present = [row["client"] for row in read_json(run / "partition.json")]
+    if (odd := next((name for name in clients if name not in present), None)) and not erased:
+        raise UnlearningError(f"{run} has no client {odd}{nearest(odd, present)}")
+    return clients
+
+
+def _keys(places: list[Path] | None) -> Keys:
+    from fedlora.unlearning.keys import authorised
+
+    listed = places or [Path(place) for place in os.environ.get("FEDLORA_KEYS", "").split(os.pathsep) if place]
+    return authorised(listed)
+
+
+@contextmanager
+def _lease(run: Path, patience: float) -> Iterator[Lease]:
+    """The lease of a run, once whoever plays it has come to the end of its round and seen the request."""
+    from orchestrator.launch import hold_run
+    from orchestrator.stores.files import read_config
+
+    config, given_up = read_config(run), time.monotonic() + patience
+    while True:
+        try:
+            with hold_run(config, run) as lease:
+                yield lease
+                return
+        except LeaseHeld:
+            if time.monotonic() >= given_up:
+                raise
+            time.sleep(POLL_S)

@@ -1,0 +1,193 @@
+"""Carrying out a request, phase by phase. Each is noted once it is done: whoever is killed goes on from there."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlora.errors import UnlearningError
+from fedlora.unlearning.standing import Standing
+from orchestrator import launch
+from orchestrator.checkpoint import checkpoints, load, load_latest
+from orchestrator.failpoints import reach
+from orchestrator.lease import Lease
+from orchestrator.results import export_adapter
+from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, read_lines, write_json
+from orchestrator.unlearning.artefacts import snapshot
+from orchestrator.unlearning.certificate import Outcome, write_certificate
+from orchestrator.unlearning.publish import publish
+from orchestrator.unlearning.requests import FOLDER, advance, find_request, pending, refuse
+from orchestrator.unlearning.rollback import Rollback, plan_rollback, prepare, replay
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request being carried out by whoever holds the lease of its run."""
+
+    folder: Path
+    request: str
+    lease: Lease
+    listen: Listener
+
+    @property
+    def space(self) -> Path:
+        """What the request needs on the disk until it is certified."""
+        return self.folder / FOLDER / self.request
+
+    @property
+    def work(self) -> Path:
+        """Where the run without the target is made."""
+        return self.space / "replay"
+
+    def note(self, phase: str, facts: Mapping[str, Any]) -> Standing:
+        """The request has reached its next phase."""
+        self.lease.check()
+        return advance(self.folder, self.request, phase, facts)
+
+    def plan(self) -> Rollback:
+        """What was planned."""
+        noted = find_request(self.folder, self.request).facts["planned"]
+        return Rollback(**{**noted["plan"], "clients": tuple(noted["plan"]["clients"]), "doubts": ()})
+
+
+def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, listen: Listener) -> Standing:
+    """Do what is left to do of a request, to its certificate.
+
+    Args:
+        lease: of the run.
+        key: signs the certificate.
+
+    Raises:
+        UnlearningError: if it cannot be done; it is noted as refused where it never can.
+        FedLoRAError: what a run may raise; the request stays where it is, and the same command goes on.
+    """
+    job = Job(folder, request, lease, listen)
+    steps = {"received": _plan, "planned": _contain, "contained": _execute, "executed": _verify, "verified": _purge}
+    standing = find_request(folder, request)
+    if before := [other for other in pending(folder) if other.number < standing.number]:
+        raise UnlearningError(
+            f"{request} waits for {before[0].id}, which asks to take out {before[0].request} and is {before[0].phase};"
+            " run that one again first"
+        )
+    while step := steps.get(standing.phase):
+        standing = step(job)
+        reach(f"unlearn.{standing.phase}", standing.number)
+        listen("unlearning", {"request": request, "phase": standing.phase, **standing.facts[standing.phase]})
+    if standing.phase == "purged":
+        _certify(job, standing, key)
+    return find_request(folder, request)
+
+
+def _plan(job: Job) -> Standing:
+    asked = find_request(job.folder, job.request).request
+    if asked.kind != "client" or asked.action not in ("", "rollback"):
+        what = f"action {asked.action}" if asked.action else f"a {asked.kind}"
+        reason = f"{what} cannot be carried out here; a client can be rolled back"
+        refuse(job.folder, job.request, reason)
+        raise UnlearningError(f"{job.request}: {reason}")
+    plan = plan_rollback(job.folder, asked.target)
+    write_json(job.space / "before.json", snapshot(job.folder))
+    return job.note("planned", {"action": "rollback", "plan": asdict(plan)})
+
+
+def _contain(job: Job) -> Standing:
+    """With ``now``, the adapter in use gives way to the last one without the target before anything is played."""
+    if not find_request(job.folder, job.request).request.now:
+        return job.note("contained", {"adapter": "as it was; containment was not asked for"})
+    plan, adapter = job.plan(), job.folder / "adapter"
+    if plan.first is None or not adapter.exists():
+        return job.note("contained", {"adapter": "holds nothing of the target"})
+    if plan.start is None:
+        shutil.rmtree(adapter)
+        return job.note("contained", {"adapter": "removed: there is none from before the target took part"})
+    state = next(load(path) for path in checkpoints(job.folder) if path.name == f"round-{plan.start:04d}")
+    task = "sequence-classification" if read_json(job.folder / "labels.json") else "causal-lm"
+    weights = export_adapter(state, read_config(job.folder), task, adapter)
+    return job.note("contained", {"adapter": f"as after round {plan.start}", "sha256": file_sha256(weights)})
+
+
+def _execute(job: Job) -> Standing:
+    plan = job.plan()
+    facts: dict[str, Any] = {"level": plan.level, "rounds_played": 0}
+    if is_finished(job.folder) or (job.work / "summary.json").exists():
+        if plan.first is None:
+            # nothing to replay, but the configuration has to say that the client does not come back
+            prepare(job.folder, plan, job.work)
+        summary = replay(job.folder, plan, job.work, job.listen)
+        facts |= {"rounds_played": plan.replayed, "adapter_sha256": summary["adapter_sha256"]}
+    else:
+        prepare(job.folder, plan, job.work)  # the run goes on from there by itself
+        facts["goes_on_from"] = plan.start or 0
+    return job.note("executed", facts)
+
+
+def _verify(job: Job) -> Standing:
+    """That what was made holds no round with the target, and is what was noted."""
+    plan, executed = job.plan(), find_request(job.folder, job.request).facts["executed"]
+    rows = read_lines(job.work / "metrics.jsonl")
+    asked = [row["round"] for row in rows if set(row["selected"]) & set(plan.clients)]
+    excluded = set(plan.clients) <= set(read_config(job.work).clients.exclude)
+    weights = job.work / "adapter" / WEIGHTS
+    sha256 = file_sha256(weights) if weights.exists() else None
+    if asked or not excluded or sha256 != executed.get("adapter_sha256"):
+        raise UnlearningError(
+            f"{job.request}: {job.work} is not the replay that was noted (its target is asked in rounds {asked},"
+            f" adapter {sha256}); delete it and run the request again"
+        )
+    verdict = {"by": "replay", "rounds": len(rows), "rounds_with_target": 0, "adapter_sha256": sha256}
+    return job.note("verified", verdict)
+
+
+def _purge(job: Job) -> Standing:
+    publish(job.folder, job.work)
+    after = set(snapshot(job.folder).values())
+    before: dict[str, str] = read_json(job.space / "before.json")
+    first = job.plan().first or math.inf
+    purged = {path: digest for path, digest in before.items() if digest not in after and not _round_of(path) < first}
+    with closing(JsonLines(job.folder / "journal.jsonl")) as journal:
+        told = {"request": job.request, "clients": list(job.plan().clients), "level": job.plan().level}
+        journal.append(launch.stamped("unlearned", told))
+    return job.note("purged", {"files": purged})
+
+
+def _round_of(path: str) -> float:
+    """The round a file of a checkpoint or of private state belongs to; infinity for others.
+
+    What is older than the target's first round holds nothing of it, whether it is still there or not.
+    """
+    found = re.search(r"^(?:checkpoints|private/[^/]+)/round-(\d+)", path)
+    return int(found[1]) if found else math.inf
+
+
+def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
+    residual = list(standing.facts["planned"]["plan"]["doubts"])
+    if read_config(job.folder).store.redis:
+        residual.append("Events of the run on its Redis server name the client until they expire, after seven days.")
+    residual.append("The journal goes on saying that the client took part, and with which numbers.")
+    outcome = Outcome(
+        standing.facts["planned"]["action"],
+        read_json(job.space / "before.json"),
+        standing.facts["purged"]["files"],
+        standing.facts["verified"],
+        residual,
+    )
+    write_certificate(job.folder, job.request, outcome, key)
+    shutil.rmtree(job.space)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has played all its rounds."""
+    state, _ = load_latest(folder)
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    return state is not None and summary.get("status") == "finished"
