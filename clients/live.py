@@ -9,8 +9,8 @@ from datasets import Dataset
 from clients.redis_list import RedisList
 from fedlora.config import RunConfig
 from fedlora.continual.stream import open_stream
-from fedlora.data.live import LiveFolder, LiveStream, Row
-from fedlora.data.partition import Corpus
+from fedlora.data.live import LiveFolder, LiveStream, Row, Source
+from fedlora.data.partition import NAMES, Corpus, hash_of
 from fedlora.data.sources import normalise, quiet
 from fedlora.errors import DataError, nearest
 
@@ -25,7 +25,7 @@ def open_live(config: RunConfig, corpus: Corpus | None = None) -> LiveStream | N
     if live is None:
         return None
     corpus = corpus or open_stream(config.data, config.continual, config.clients.count, config.seed).corpus
-    source = RedisList(live.source) if live.source.startswith(("redis://", "rediss://")) else None
+    source: Source | None = RedisList(live.source) if live.source.startswith(("redis://", "rediss://")) else None
 
     def read(rows: list[Row], origin: str) -> list[Row]:
         with quiet():
@@ -41,5 +41,10 @@ def open_live(config: RunConfig, corpus: Corpus | None = None) -> LiveStream | N
                 )
         return table
 
-    clients = list(corpus.shards)
-    return LiveStream(source or LiveFolder(Path(live.source)), live.rows, live.window, clients, live.by, read)
+    gone, column = set(config.data.forget), config.data.id_column or NAMES[corpus.form]
+
+    def left_out(row: Row) -> bool:
+        return bool(gone) and hash_of(row.get(column)) in gone
+
+    source = source or LiveFolder(Path(live.source))
+    return LiveStream(source, live.rows, live.window, list(corpus.shards), live.by, read, left_out)

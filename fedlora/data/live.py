@@ -93,6 +93,7 @@ class LiveStream:
         clients: ids of all clients.
         by: column that names the client a row belongs to; None deals rows to clients in turn.
         read: gives rows the columns of the run, or raises ``DataError``; its second argument is what to call them.
+        left_out: says of a row that its client leaves it out.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class LiveStream:
         clients: Sequence[str],
         by: str | None,
         read: Callable[[list[Row], str], list[Row]],
+        left_out: Callable[[Row], bool] = lambda row: False,
     ):
         self.origin = source.origin
         self._source, self._per_round, self._window = source, per_round, window
         self._clients, self._by, self._parse = list(clients), by, read
+        self._left_out = left_out
         self._waiting: list[bytes] = []
         self._rows: list[Row] = []
         self._owners: list[str] = []
@@ -172,8 +175,9 @@ class LiveStream:
             found.append(row)
             self._hash.update(hashlib.sha256(line).digest())
         owners = [self._owner(place, row) for place, row in enumerate(found, first)]
-        self._rows += self._parse(found, f"{self.origin} from row {first}")
-        self._owners += owners
+        parsed = self._parse(found, f"{self.origin} from row {first}")
+        self._rows += parsed
+        self._owners += ["" if self._left_out(row) else owner for row, owner in zip(parsed, owners, strict=True)]
         self._hashes.append(self._hash.hexdigest())
 
     def _owner(self, place: int, row: Row) -> str:

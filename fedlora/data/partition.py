@@ -1,7 +1,9 @@
 """Dividing rows among clients, with flwr-datasets' partitioners."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import warnings
 from collections import Counter
@@ -18,6 +20,7 @@ from fedlora.errors import DataError, nearest
 from fedlora.seeds import derive_seed
 
 _ROW = "__row__"
+NAMES = {"classification": "text", "text": "text", "prompt": "prompt", "messages": "messages"}  # of a row, by form
 _BY_COLUMN = ("dirichlet", "natural", "pathological", "shards")
 
 
@@ -85,12 +88,37 @@ def _open(data: DataConfig, count: int, seed: int, task: str) -> Corpus:
     if "" in shards:
         raise DataError("data: a client has no name; every value of data.partition.by and every file needs one")
     kept, heldout = {}, {}
+    gone = forgotten(train.table, data)
     for client, rows in shards.items():
         order = np.random.default_rng(derive_seed(seed, 0, client, "holdout")).permutation(np.asarray(rows))
         size = int(len(order) * data.client_holdout)
         # held-out rows stay shuffled: evaluation may look at the first few only
-        heldout[client], kept[client] = order[:size].tolist(), sorted(order[size:].tolist())
+        heldout[client] = [row for row in order[:size].tolist() if row not in gone]
+        kept[client] = sorted(row for row in order[size:].tolist() if row not in gone)
     return Corpus(train.form, train.table, table, kept, heldout, labels)
+
+
+def forgotten(table: Dataset, data: DataConfig) -> set[int]:
+    """Rows that are to be left out: those whose name has one of the hashes in ``data.forget``.
+
+    Raises:
+        DataError: if there is nothing that could name a row.
+    """
+    if not data.forget:
+        return set()
+    column = data.id_column or next(name for name in NAMES.values() if name in table.column_names)
+    if column not in table.column_names:
+        raise DataError(
+            f"data.id_column: the training rows have no column {column}{nearest(column, table.column_names)}"
+        )
+    wanted = set(data.forget)
+    return {row for row, name in enumerate(table[column][:]) if hash_of(name) in wanted}
+
+
+def hash_of(name: Any) -> str:
+    """What a row is called where its name must not be known: SHA-256 of it in UTF-8, as JSON unless it is a text."""
+    text = name if isinstance(name, str) else json.dumps(name, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def partition(

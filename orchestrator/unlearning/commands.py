@@ -17,12 +17,17 @@ from fedlora.errors import ConfigError, LeaseHeld, UnlearningError
 
 if TYPE_CHECKING:
     from fedlora.unlearning.keys import Keys
+    from fedlora.unlearning.request import Request
     from orchestrator.lease import Lease
 
 app = typer.Typer(help="Take out what was learned, and prove it.", no_args_is_help=True)
 
 RunFolder = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart")]
 Clients = Annotated[list[str] | None, typer.Option("--client", metavar="ID", help="a client to take out; repeatable")]
+Records = Annotated[
+    Path | None,
+    typer.Option("--records", metavar="FILE", help="names of rows to take out, one a line; only their hashes are kept"),
+]
 RequestId = Annotated[str, typer.Option("--request", metavar="R1", help="id of a request")]
 Authorised = Annotated[
     list[Path] | None,
@@ -43,13 +48,14 @@ def key(
 
 
 @app.command()
-def plan(run: RunFolder, client: Clients = None, as_json: AsJson = False) -> None:
-    """What a client influenced, and what taking it out costs. Changes nothing."""
+def plan(run: RunFolder, client: Clients = None, records: Records = None, as_json: AsJson = False) -> None:
+    """What clients or records influenced, and what taking them out costs. Changes nothing."""
     from orchestrator.unlearning.lineage import lineage
     from orchestrator.unlearning.rollback import plan_rollback
 
-    names = _known(run, client)
-    found = plan_rollback(run, names)
+    request = _request(run, client, records)
+    names = request.target if request.kind == "client" else ()
+    found = plan_rollback(run, names, request.target if request.kind == "records" else ())
     if as_json:
         typer.echo(json.dumps({"action": "rollback", **asdict(found), "replayed": found.replayed, "cost": found.cost}))
         return
@@ -57,11 +63,13 @@ def plan(run: RunFolder, client: Clients = None, as_json: AsJson = False) -> Non
         for line in lineage(run, client=name):
             typer.echo(line)
     begin = "from the start" if found.start is None else f"from the checkpoint of round {found.start}"
+    for owner in found.owners:
+        typer.echo(f"client {owner} has rows of these names")
     if found.first is None:
-        typer.echo("rollback: no round asked it, nothing has to be played again")
+        typer.echo("rollback: no round used it, nothing has to be played again")
     else:
         typer.echo(
-            f"rollback: first asked in round {found.first}; {found.replayed} of {found.rounds} rounds are played again,"
+            f"rollback: first used in round {found.first}; {found.replayed} of {found.rounds} rounds are played again,"
             f" {begin} ({100 * found.cost:.0f} % of retraining)"
         )
     typer.echo(f"level: {found.level}" + "".join(f"\n  not E1: {doubt}" for doubt in found.doubts))
@@ -73,22 +81,22 @@ def run_request(
     run: RunFolder,
     key: Annotated[Path, typer.Option(metavar="FILE", help="private key that signs the request and its certificate")],
     client: Clients = None,
+    records: Records = None,
     action: Annotated[str, typer.Option(help="rollback")] = "rollback",
     now: Annotated[bool, typer.Option("--now", help="contain first, erase after")] = False,
     authorised: Authorised = None,
     patience: Annotated[float, typer.Option(min=0, help="seconds to wait for a run that is being played")] = 3600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Take clients out. The same command again goes on where it was stopped."""
+    """Take clients or records out. The same command again goes on where it was stopped."""
     from fedlora.unlearning.keys import load_key
-    from fedlora.unlearning.request import Request, sign_request
+    from fedlora.unlearning.request import sign_request
     from orchestrator.console import JsonScreen, Screen
     from orchestrator.unlearning.execute import carry_out
     from orchestrator.unlearning.requests import identity, receive
 
-    _known(run, client, erased=True)
+    request = _request(run, client, records, action, now)
     signer, keys = load_key(key), _keys(authorised)
-    request = Request("client", tuple(client or ()), action, now)
     standing = receive(run, sign_request(request, identity(run), signer), keys)
     if standing.reason:
         raise UnlearningError(f"{standing.id} is refused: {standing.reason}")
@@ -145,18 +153,26 @@ def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as
         raise typer.Exit(UnlearningError.exit_code)
 
 
-def _known(run: Path, clients: list[str] | None, erased: bool = False) -> list[str]:
-    """The clients that are named. The request log refuses those that a run does not have, with its reason."""
-    from fedlora.errors import nearest
-    from orchestrator.stores.files import read_config, read_json
+def _request(
+    run: Path, clients: list[str] | None, records: Path | None, action: str = "rollback", now: bool = False
+) -> Request:
+    """What the options ask for. Whether the run has it is for the request log to say."""
+    from fedlora.unlearning.request import Request, hashed
+    from orchestrator.stores.files import read_config
 
     read_config(run)
-    if not clients:
-        raise ConfigError("unlearn: name a client to take out, such as --client c7")
-    present = [row["client"] for row in read_json(run / "partition.json")]
-    if (odd := next((name for name in clients if name not in present), None)) and not erased:
-        raise UnlearningError(f"{run} has no client {odd}{nearest(odd, present)}")
-    return clients
+    if bool(clients) == bool(records):
+        raise ConfigError("unlearn: name what to take out, either --client c7 or --records names.txt")
+    if clients:
+        return Request("client", tuple(clients), action, now)
+    assert records is not None
+    try:
+        names = [line for line in records.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"unlearn: {records} cannot be read: {error}") from error
+    if not names:
+        raise ConfigError(f"unlearn: {records} names no record; one name a line")
+    return Request("records", hashed(names), action, now)
 
 
 def _keys(places: list[Path] | None) -> Keys:

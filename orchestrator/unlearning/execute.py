@@ -29,6 +29,7 @@ from orchestrator.unlearning.rollback import Rollback, plan_rollback, prepare, r
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 WEIGHTS = "adapter_model.safetensors"
+_KEYS = {"client": "clients", "records": "records"}  # of a plan
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Job:
     def plan(self) -> Rollback:
         """What was planned."""
         noted = find_request(self.folder, self.request).facts["planned"]
-        return Rollback(**{**noted["plan"], "clients": tuple(noted["plan"]["clients"]), "doubts": ()})
+        lists = {key: tuple(noted["plan"][key]) for key in ("clients", "records", "owners", "doubts")}
+        return Rollback(**{**noted["plan"], **lists})
 
 
 def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, listen: Listener) -> Standing:
@@ -91,12 +93,16 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
 
 def _plan(job: Job) -> Standing:
     asked = find_request(job.folder, job.request).request
-    if asked.kind != "client" or asked.action not in ("", "rollback"):
-        what = f"action {asked.action}" if asked.action else f"a {asked.kind}"
-        reason = f"{what} cannot be carried out here; a client can be rolled back"
+    if asked.kind not in _KEYS or asked.action not in ("", "rollback"):
+        what = f"action {asked.action}" if asked.kind in _KEYS else f"a {asked.kind}"
+        reason = f"{what} cannot be carried out; clients and records can be rolled back"
         refuse(job.folder, job.request, reason)
         raise UnlearningError(f"{job.request}: {reason}")
-    plan = plan_rollback(job.folder, asked.target)
+    try:
+        plan = plan_rollback(job.folder, **{_KEYS[asked.kind]: asked.target})
+    except UnlearningError as error:
+        refuse(job.folder, job.request, str(error))
+        raise
     write_json(job.space / "before.json", snapshot(job.folder))
     return job.note("planned", {"action": "rollback", "plan": asdict(plan)})
 
@@ -136,8 +142,9 @@ def _verify(job: Job) -> Standing:
     """That what was made holds no round with the target, and is what was noted."""
     plan, executed = job.plan(), find_request(job.folder, job.request).facts["executed"]
     rows = read_lines(job.work / "metrics.jsonl")
+    config = read_config(job.work)
     asked = [row["round"] for row in rows if set(row["selected"]) & set(plan.clients)]
-    excluded = set(plan.clients) <= set(read_config(job.work).clients.exclude)
+    excluded = set(plan.clients) <= set(config.clients.exclude) and set(plan.records) <= set(config.data.forget)
     weights = job.work / "adapter" / WEIGHTS
     sha256 = file_sha256(weights) if weights.exists() else None
     if asked or not excluded or sha256 != executed.get("adapter_sha256"):
@@ -146,6 +153,8 @@ def _verify(job: Job) -> Standing:
             f" adapter {sha256}); delete it and run the request again"
         )
     verdict = {"by": "replay", "rounds": len(rows), "rounds_with_target": 0, "adapter_sha256": sha256}
+    if plan.records:
+        verdict["records_left_out"] = len(plan.records)
     return job.note("verified", verdict)
 
 
@@ -156,7 +165,13 @@ def _purge(job: Job) -> Standing:
     first = job.plan().first or math.inf
     purged = {path: digest for path, digest in before.items() if digest not in after and not _round_of(path) < first}
     with closing(JsonLines(job.folder / "journal.jsonl")) as journal:
-        told = {"request": job.request, "clients": list(job.plan().clients), "level": job.plan().level}
+        plan = job.plan()
+        told = {
+            "request": job.request,
+            "clients": list(plan.clients),
+            "records": len(plan.records),
+            "level": plan.level,
+        }
         journal.append(launch.stamped("unlearned", told))
     return job.note("purged", {"files": purged})
 
@@ -174,7 +189,9 @@ def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
     residual = list(standing.facts["planned"]["plan"]["doubts"])
     if read_config(job.folder).store.redis:
         residual.append("Events of the run on its Redis server name the client until they expire, after seven days.")
-    residual.append("The journal goes on saying that the client took part, and with which numbers.")
+    residual.append("The journal goes on saying who took part in which round, and with which numbers.")
+    if standing.facts["planned"]["plan"]["records"]:
+        residual.append("The rows stay where their client keeps them; this configuration leaves them out.")
     outcome = Outcome(
         standing.facts["planned"]["action"],
         read_json(job.space / "before.json"),

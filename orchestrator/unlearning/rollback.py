@@ -1,8 +1,9 @@
-"""Exact unlearning of clients: back to before they took part, and the rounds once more without them.
+"""Exact unlearning of clients and records: back to before they took part, and the rounds once more without them.
 
 A run without a client is the same configuration with ``clients.exclude``: the client keeps its place in every draw and
 is never asked. Up to the first round that would have asked it, both runs are the same, so a checkpoint from before that
-round belongs to both, and what follows is played again. Nothing is undone, nothing is approximated.
+round belongs to both, and what follows is played again. Nothing is undone, nothing is approximated. A run without a
+record is the same configuration with ``data.forget``: its client leaves the row out, and keeps all others.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from clients.private_state import PrivateState
-from fedlora.config import RunConfig
-from fedlora.errors import CheckpointError, UnlearningError
+from fedlora.config import RunConfig, parse_config
+from fedlora.continual.stream import open_stream
+from fedlora.data.partition import Corpus
+from fedlora.errors import CheckpointError, UnlearningError, nearest
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.state import RunState
-from orchestrator.stores.files import read_config, read_lines, write_atomic
+from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """What it takes to have a run as if some clients had never been there.
+    """What it takes to have a run as if some clients or records had never been there.
 
     Attributes:
         clients: who is taken out.
+        records: SHA-256 of the names of rows that are taken out.
+        owners: the clients that have these rows.
         first: the first round they had a part in; None if they never had.
         start: the committed round that the replay begins from; None where no checkpoint is old enough, and everything
             is played again.
@@ -41,6 +46,8 @@ class Rollback:
     """
 
     clients: tuple[str, ...]
+    records: tuple[str, ...]
+    owners: tuple[str, ...]
     first: int | None
     start: int | None
     rounds: int
@@ -58,21 +65,30 @@ class Rollback:
         return self.replayed / max(self.rounds, 1)
 
 
-def plan_rollback(folder: Path, clients: Collection[str]) -> Rollback:
-    """Where a replay without these clients begins, and what may be claimed of it. Changes nothing.
+def plan_rollback(folder: Path, clients: Collection[str] = (), records: Collection[str] = ()) -> Rollback:
+    """Where a replay without these clients and records begins, and what may be claimed of it. Changes nothing.
+
+    Args:
+        records: SHA-256 of the names of rows. The rows themselves are looked at where clients are simulated: here.
 
     Raises:
-        UnlearningError: if nothing is committed yet.
+        UnlearningError: if nothing is committed yet, there is no such client, or no client has these records.
     """
     config = read_config(folder)
     state, _ = load_latest(folder)
     if state is None:
         raise UnlearningError(f"{folder} has no committed round, so there is nothing to unlearn; start it anew without")
+    known = [row["client"] for row in read_json(folder / "partition.json")]
+    if odd := next((client for client in clients if client not in known), None):
+        raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
     rows = read_lines(folder / "metrics.jsonl")
-    first = _first_part(config, rows, clients, state)
-    start = _start(folder, config, first, clients) if first is not None else state.round
+    owners, emptied = _owners(config, records) if records else ([], [])
+    first = _first_part(config, rows, {*clients, *owners}, bool(records), state)
+    start = _start(folder, first) if first is not None else state.round
     doubts = _doubts(folder, config, rows, start or 0)
-    return Rollback(tuple(sorted(clients)), first, start, state.round, "E2" if doubts else "E1", tuple(doubts))
+    gone = tuple(sorted({*clients, *emptied}))
+    found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
+    return Rollback(*found, "E2" if doubts else "E1", tuple(doubts))
 
 
 def replay(folder: Path, plan: Rollback, work: Path, listen: Listener) -> dict[str, Any]:
@@ -93,17 +109,22 @@ def replay(folder: Path, plan: Rollback, work: Path, listen: Listener) -> dict[s
     return launch.resume(work, listen)
 
 
-def without(config: RunConfig, clients: Collection[str]) -> RunConfig:
-    """The configuration of a run that never had these clients."""
-    excluded = sorted({*config.clients.exclude, *clients})
-    return config.model_copy(update={"clients": config.clients.model_copy(update={"exclude": excluded})})
+def without(config: RunConfig, clients: Collection[str] = (), records: Collection[str] = ()) -> RunConfig:
+    """The configuration of a run that never had these clients and records."""
+    content = config.resolved()
+    content["clients"]["exclude"] = sorted({*config.clients.exclude, *clients})
+    forget = sorted({*config.data.forget, *records})
+    for data in (content["data"], *(task["data"] for task in (content["continual"] or {}).get("tasks", []))):
+        if data:
+            data["forget"] = forget
+    return parse_config(content)
 
 
 def prepare(folder: Path, plan: Rollback, work: Path) -> None:
     """The folder of the run without the clients, as it stood after round ``plan.start``; whole, or not at all."""
     if work.exists():
         return
-    config = without(read_config(folder), plan.clients)
+    config = without(read_config(folder), plan.clients, plan.records)
     scratch = work.with_name(f".{work.name}")
     if scratch.exists():
         shutil.rmtree(scratch)
@@ -118,17 +139,39 @@ def prepare(folder: Path, plan: Rollback, work: Path) -> None:
     scratch.rename(work)
 
 
+def _owners(config: RunConfig, records: Collection[str]) -> tuple[list[str], list[str]]:
+    """Who has rows of these names, and whose rows they are all."""
+    read = (config.clients.count, config.seed, config.model.task)
+    before = open_stream(config.data, config.continual, *read).corpus
+    smaller = without(config, (), records)
+    after = open_stream(smaller.data, smaller.continual, *read).corpus
+    owners = [client for client in before.shards if _rows(before, client) > _rows(after, client)]
+    if not owners:
+        raise UnlearningError(
+            "no client has a row of these names; data.id_column says what names a row (default: its text), and the file"
+            " has one name a line"
+        )
+    return owners, [client for client in owners if not after.shards[client]]
+
+
+def _rows(corpus: Corpus, client: str) -> int:
+    return len(corpus.shards[client]) + len(corpus.heldout[client])
+
+
 def _first_part(
-    config: RunConfig, rows: Sequence[Mapping[str, Any]], clients: Collection[str], state: RunState
+    config: RunConfig, rows: Sequence[Mapping[str, Any]], clients: Collection[str], resized: bool, state: RunState
 ) -> int | None:
-    """The first round in which one of the clients had any part."""
+    """The first round in which one of the clients had any part, or was another than it will be."""
     everywhere = config.attack is not None or bool(config.continual and config.continual.routing == "prototype")
+    if resized:
+        # a draw may go by the number of rows
+        everywhere |= config.clients.selection not in ("uniform", "round_robin", "poisson")
     if everywhere and state.round:
         return 1  # a colluder learns from the rows of its group, a prototype is over everybody's
     return next((row["round"] for row in rows if set(row["selected"]) & set(clients)), None)
 
 
-def _start(folder: Path, config: RunConfig, first: int, clients: Collection[str]) -> int | None:
+def _start(folder: Path, first: int) -> int | None:
     """The newest checkpoint from before round ``first`` with which a replay can begin."""
     for path in reversed(checkpoints(folder)):
         with contextlib.suppress(CheckpointError):

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedlora.continual.stream import open_stream
 from fedlora.errors import LeaseHeld, RunInterrupted, UnlearningError
 from fedlora.unlearning.keys import authorised, load_key, new_key
-from fedlora.unlearning.request import Request, sign_request
+from fedlora.unlearning.request import Request, hashed, sign_request
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.cli import app
@@ -194,13 +195,30 @@ def test_the_commands_do_the_same(run: Path, keys: Path) -> None:
     assert "already erased by R1" in str(other.exception)
 
 
+def test_records_go_by_their_names_and_only_hashes_stay(run: Path, keys: Path, tmp_path: Path) -> None:
+    config = read_config(run)
+    corpus = open_stream(config.data, None, 6, config.seed).corpus
+    text = corpus.train[corpus.shards["c0"][0]]["text"]
+    (tmp_path / "names.txt").write_text(text + "\n")
+    words = ["--records", str(tmp_path / "names.txt"), "--key", str(keys / "officer"), "--authorised", str(keys)]
+    result = CliRunner().invoke(app, ["unlearn", "run", str(run), *words])
+    assert result.exit_code == 0, result.output
+    assert read_config(run).data.forget == list(hashed([text]))
+    assert verify_certificate(run, "R1", authorised([keys])) == []
+    kept = [path for path in (run / "unlearning").iterdir() if text.encode() in path.read_bytes()]
+    assert not kept
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--client", "c77"], "R1 is refused: unknown client c77"),
         ([f"--client=c{i}" for i in range(6)], "it would leave no clients"),
-        (["--client", "c0", "--action", "npo"], "action npo cannot be carried out here; a client can be rolled back"),
-        ([], "name a client to take out, such as --client c7"),
+        (
+            ["--client", "c0", "--action", "npo"],
+            "action npo cannot be carried out; clients and records can",
+        ),
+        ([], "name what to take out, either --client c7 or --records names.txt"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(run: Path, keys: Path, words: list[str], message: str) -> None:

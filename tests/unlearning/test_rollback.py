@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
+from fedlora.continual.stream import open_stream
 from fedlora.errors import RunInterrupted, UnlearningError
+from fedlora.unlearning.request import hashed
 from orchestrator import launch
 from orchestrator.stores.files import read_config, read_lines
 from orchestrator.unlearning.rollback import plan_rollback, replay, without
@@ -60,6 +62,38 @@ def test_a_replay_gives_the_bytes_of_a_run_that_never_had_the_client(
     assert asked(tmp_path / "replay") == asked(tmp_path / "control")
     assert adapter_of(tmp_path / "run") == before  # nothing has been done to the run itself
     assert not any(late in row for row in asked(tmp_path / "replay"))
+
+
+@pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
+def test_records_are_left_out_by_the_client_that_has_them(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = config_of(tmp_path / "run", **changes)
+    launch.run(config, quiet)
+    corpus = open_stream(config.data, config.continual, 6, config.seed).corpus
+    target = next(c for row in reversed(asked(tmp_path / "run")) for c in row if c not in asked(tmp_path / "run")[0])
+    texts = corpus.train.select(corpus.shards[target][:3])["text"][:]
+    owners = [c for c in corpus.shards if set(texts) & set(corpus.train.select(corpus.shards[c])["text"][:])]
+    plan = plan_rollback(tmp_path / "run", records=hashed(texts))
+    assert (list(plan.owners), plan.clients, plan.level) == (owners, (), "E1")
+    replay(tmp_path / "run", plan, tmp_path / "replay", quiet)
+    smaller = without(config, records=hashed(texts))
+    launch.run(smaller.model_copy(update={"output_dir": str(tmp_path / "control")}), quiet)
+    assert adapter_of(tmp_path / "replay") == adapter_of(tmp_path / "control")
+    left = open_stream(smaller.data, smaller.continual, 6, config.seed).corpus
+    assert not set(texts) & set(left.train.select(left.shards[target])["text"][:])
+    assert len(left.shards[target]) < len(corpus.shards[target])
+
+
+def test_a_client_whose_rows_are_all_taken_out_is_taken_out_with_them(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run")
+    launch.run(config, quiet)
+    corpus = open_stream(config.data, config.continual, 6, config.seed).corpus
+    texts = corpus.train.select(corpus.shards["c0"])["text"][:]
+    plan = plan_rollback(tmp_path / "run", records=hashed(texts))
+    assert "c0" in plan.clients
+    with pytest.raises(UnlearningError, match="no client has a row of these names"):
+        plan_rollback(tmp_path / "run", records=hashed(["nobody wrote this"]))
+    with pytest.raises(UnlearningError, match="has no client c9"):
+        plan_rollback(tmp_path / "run", ["c9"])
 
 
 def test_without_an_old_enough_checkpoint_everything_is_played_again(tmp_path: Path) -> None:
