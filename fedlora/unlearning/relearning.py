@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -74,7 +75,8 @@ def relearn(
 ) -> Relearned:
     """Train on the rows until their mean loss is at most the level; the model is left as it was found.
 
-    The loss is looked at before the first step and after every one, over all rows.
+    The loss is looked at before the first step and after every one, over all rows. Training goes through the model
+    as it is served: a filter behind it lets no gradient pass, and rows hidden by one seem never to come back.
 
     Raises:
         VerificationError: if there is nothing to train or to train on.
@@ -84,36 +86,33 @@ def relearn(
         raise VerificationError(f"relearning needs parameters and rows; there are {len(parameters)} and {len(rows)}")
     device = parameters[0].device
 
-    def ended(steps: int, reached: bool) -> Relearned:
-        told = (lesson.level, lesson.learning_rate, lesson.max_steps, lesson.batch_size, lesson.seed)
-        return Relearned(steps, reached, *told)
+    def known() -> bool:
+        losses = row_losses(model, rows, lesson.batch_size, pad_token_id, device, labels)
+        return sum(losses) / len(losses) <= lesson.level
 
     with inspecting(model), _borrowed(parameters):
         optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, weight_decay=0.0)
-        for step, batch in enumerate(_batches(rows, lesson)):
-            losses = row_losses(model, rows, lesson.batch_size, pad_token_id, device, labels)
-            if sum(losses) / len(losses) <= lesson.level:
-                return ended(step, True)
-            if step == lesson.max_steps:
-                return ended(step, False)
-            logits, targets, _ = targets_and_logits(model, collate(batch, pad_token_id, device))
+        batches = _batches(rows, lesson)
+        steps, reached = 0, known()
+        while not reached and steps < lesson.max_steps:
+            logits, targets, _ = targets_and_logits(model, collate(next(batches), pad_token_id, device))
             loss = cross_entropy(among(logits, labels), targets)
             # not backward(): other parameters of the model may want gradients, and theirs are not ours to change
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
-    raise AssertionError("the batches are endless")
+            steps, reached = steps + 1, known()
+    told = (lesson.level, lesson.learning_rate, lesson.max_steps, lesson.batch_size, lesson.seed)
+    return Relearned(steps, reached, *told)
 
 
 def _batches(rows: Sequence[Example], lesson: Lesson) -> Iterator[list[Example]]:
     lengths = [len(row.input_ids) for row in rows]
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         order = derive_seed(lesson.seed, epoch, "", "relearning")
         for chosen in batch_indices(lengths, lesson.batch_size, order, group_by_length=False):
             yield [rows[row] for row in chosen]
-        epoch += 1
 
 
 @contextmanager

