@@ -87,6 +87,10 @@ class RankError(AdapterError):
     """A rank outside what the module or the strategy allows."""
 
 
+class VerificationError(FedLoRAError):
+    """Measurements that cannot tell whether something was forgotten, or do not belong together."""
+
+
 class WireError(FedLoRAError):
     """Bytes that are not a valid message. Raised for one client, never for the run."""
 

@@ -35,7 +35,7 @@ def evaluate(
         labels: those that compete in a classifier; all where empty.
     """
     loss_sum, num_targets, num_correct = 0.0, 0, 0
-    for chosen, logits, targets, rows in _scored(model, examples, batch_size, pad_token_id, device, labels):
+    for chosen, logits, targets, rows in scored(model, examples, batch_size, pad_token_id, device, labels):
         loss_sum += float(cross_entropy(logits, targets, reduction="sum"))
         num_targets += len(targets)
         wrong = torch.zeros(len(chosen), dtype=torch.int64, device=rows.device)
@@ -55,7 +55,7 @@ def row_losses(
 ) -> list[float]:
     """Mean loss per target of every row, in the order of the rows; arguments as of ``evaluate``."""
     losses = [0.0] * len(examples)
-    for chosen, logits, targets, rows in _scored(model, examples, batch_size, pad_token_id, device, labels):
+    for chosen, logits, targets, rows in scored(model, examples, batch_size, pad_token_id, device, labels):
         sums = torch.zeros(len(chosen), device=rows.device)
         sums.index_add_(0, rows, cross_entropy(logits, targets, reduction="none"))
         counts = torch.bincount(rows, minlength=len(chosen)).clamp(min=1)
@@ -80,7 +80,7 @@ def hardest(
     return [examples[place] for place in sorted(found)]
 
 
-def _scored(
+def scored(
     model: Any,
     examples: Sequence[Example],
     batch_size: int,
