@@ -49,7 +49,7 @@ def test_a_replay_gives_the_bytes_of_a_run_that_never_had_the_client(
 ) -> None:
     config = config_of(tmp_path / "run", rule, **changes)
     launch.run(config, quiet)
-    late = next(c for row in reversed(asked(tmp_path / "run")) for c in row if c not in asked(tmp_path / "run")[0])
+    late = _late(asked(tmp_path / "run"))
     plan = plan_rollback(tmp_path / "run", [late])
     assert (plan.level, plan.doubts) == ("E1", ())
     assert plan.first is not None
@@ -64,12 +64,49 @@ def test_a_replay_gives_the_bytes_of_a_run_that_never_had_the_client(
     assert not any(late in row for row in asked(tmp_path / "replay"))
 
 
+def _early(rows: list[list[str]]) -> str:
+    return rows[0][0]
+
+
+def _late(rows: list[list[str]]) -> str:
+    return next(client for row in reversed(rows) for client in row if client not in rows[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["late", "early", "every round"])
+@pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
+@pytest.mark.parametrize("rule", ["fedit", "flexlora", "fedex_het with momentum"])
+def test_whenever_a_client_took_part(
+    tmp_path: Path, rule: str, changes: dict[str, Any], kind: str, seed: int, pool: str = "local"
+) -> None:
+    everybody = {"clients__per_round": 6} if kind == "every round" else {}
+    settings = {**changes, **everybody, "seed": seed, "pool": pool}
+    config = config_of(tmp_path / "run", rule, **settings)
+    launch.run(config, quiet)
+    rows = asked(tmp_path / "run")
+    target = _late(rows) if kind == "late" else _early(rows)
+    plan = plan_rollback(tmp_path / "run", [target])
+    assert plan.level == "E1"
+    replay(tmp_path / "run", plan, tmp_path / "replay", quiet)
+    launch.run(without(config, [target]).model_copy(update={"output_dir": str(tmp_path / "control")}), quiet)
+    assert adapter_of(tmp_path / "replay") == adapter_of(tmp_path / "control") != adapter_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
+@pytest.mark.parametrize("rule", ["fedit", "flexlora", "fedex_het with momentum"])
+def test_on_ray_too(tmp_path: Path, rule: str, changes: dict[str, Any]) -> None:
+    test_whenever_a_client_took_part(tmp_path, rule, changes, "late", 0, "ray")
+
+
 @pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
 def test_records_are_left_out_by_the_client_that_has_them(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = config_of(tmp_path / "run", **changes)
     launch.run(config, quiet)
     corpus = open_stream(config.data, config.continual, 6, config.seed).corpus
-    target = next(c for row in reversed(asked(tmp_path / "run")) for c in row if c not in asked(tmp_path / "run")[0])
+    target = _late(asked(tmp_path / "run"))
     texts = corpus.train.select(corpus.shards[target][:3])["text"][:]
     owners = [c for c in corpus.shards if set(texts) & set(corpus.train.select(corpus.shards[c])["text"][:])]
     plan = plan_rollback(tmp_path / "run", records=hashed(texts))
