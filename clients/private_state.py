@@ -91,8 +91,10 @@ class PrivateState:
             scratch.replace(path)
             saved = self._rounds(client)
             # the newest state from before the oldest round that may be repeated is still needed
-            settled = [number for number in saved if number < round - self._keep and number <= accepted]
-            for number in (*settled[:-1], *(n for n in saved if accepted < n < round)):
+            # (a freeze begins to count anew, and what was accepted before it may still be gone back to)
+            old = [number for number in saved if number < round - self._keep]
+            settled = [number for number in old if number <= (accepted or round)]
+            for number in (*settled[:-1], *(n for n in old if n not in settled)):
                 self._file(client, number).unlink(missing_ok=True)
         except OSError as error:
             raise FedLoRAError(f"cannot write the private state {path}: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import resource
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,8 @@ from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, Base, check_length, load_base
+
+LATE_S = 30.0  # how long a worker waits for rows that the server has seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +197,11 @@ class ClientRuntime:
     def _honest_deltas(self, assault: Assault, task: TrainTask) -> list[Mapping[str, Tensor]]:
         """Of every attacker, had it stood at this task's start. One that cannot train is left out."""
         deltas = []
+        settings = self._config.clients
+        absent = {*settings.exclude, *(c for c, first in settings.joins.items() if first > task.round)}
         for client in assault.group:
+            if client in absent:
+                continue
             with contextlib.suppress(FedLoRAError):
                 theirs = assault.task_of(client, task)
                 if self._course is not None:
@@ -366,9 +373,17 @@ class ClientRuntime:
         live = self._live
         if live is None:
             return self._examples("train", task.client, task.stage)
-        if not live.has(task.round):
-            raise DataError(f"continual.live: only {live.come} rows of {live.origin} are to be seen here")
-        return self._encode(live.rows(live.present(task.client, task.round)), f"rows of {task.client}")
+        given_up = time.monotonic() + LATE_S
+        while not live.has(task.round):  # a file system may show a file here later than elsewhere
+            if time.monotonic() >= given_up:
+                raise DataError(f"continual.live: only {live.come} rows of {live.origin} are to be seen here")
+            time.sleep(0.2)
+        if task.seen not in ("", live.sha256(task.round)):
+            raise DataError(f"continual.live: the rows of {live.origin} are others here than the server sees")
+        places = live.present(task.client, task.round)
+        if not places:
+            raise DataError(f"client {task.client} has no rows to train on in round {task.round}")
+        return self._encode(live.rows(places), f"rows of {task.client}")
 
     def _examples(self, kind: str, client: str, stage: int | None = None) -> Encoded:
         """Tokens of a client's ``train`` or ``heldout`` rows, or of the server's ``test`` rows; made once."""

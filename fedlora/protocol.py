@@ -126,6 +126,7 @@ class TrainTask:
             from there.
         stage: the task of the stream whose rows it trains on; None for all its rows.
         ended: the rounds with which tasks of the stream have ended so far, where a rule may end them early.
+        seen: SHA-256 of the rows of a live stream up to this round; empty without one.
     """
 
     round: int
@@ -138,6 +139,7 @@ class TrainTask:
     accepted: int = 0
     stage: int | None = None
     ended: tuple[int, ...] = ()
+    seen: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,6 +138,10 @@ class Federation:
         present = (self.present(member, number) for member in there)
         return [member for member in present if member.num_examples]
 
+    def askable(self, number: int) -> Sequence[ClientInfo]:
+        """Those of ``with_rows`` that are not excluded."""
+        return [member for member in self.with_rows(number) if member.id not in self.excluded]
+
     def present(self, member: ClientInfo, number: int) -> ClientInfo:
         """A member with the rows that it trains on in a round."""
         if self.live:

@@ -167,6 +167,7 @@ def _play(
 def _session(
     config: RunConfig, folder: Path, state: RunState | None, listen: Listener, lease: Lease, mirror: Mirror | None
 ) -> dict[str, Any]:
+    _give_way(folder, state.round if state else 0)  # before anything is written: a request may be half carried out
     plugins, edited = load_plugins(config.plugins), _edited_plugins(config, folder)
     journal, metrics = JsonLines(folder / "journal.jsonl"), JsonLines(folder / "metrics.jsonl")
 
@@ -207,7 +208,8 @@ def _session(
                 _catch_up_metrics(metrics, state)
                 begun = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
                 fed.emit("run_started", begun | {"clients": describe_members(fed.taking_part)})
-                while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config)):
+                look = partial(_give_way, folder)
+                while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config), look):
                     _give_way(folder, state.round)
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()

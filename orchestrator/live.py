@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from fedlora.errors import DataError
@@ -13,8 +14,11 @@ from orchestrator.state import RunState
 POLL_S = 0.5
 
 
-def await_rows(fed: Federation, state: RunState, patience_s: float) -> bool:
+def await_rows(fed: Federation, state: RunState, patience_s: float, look: Callable[[int], None]) -> bool:
     """Whether the next round can begin; False where its rows have not come in time. At once without a live stream.
+
+    Args:
+        look: called with the last round again and again while it waits; whatever that raises ends the waiting.
 
     Raises:
         DataError: if not even a first round can begin, or rows that earlier ones have learned from were altered.
@@ -35,6 +39,7 @@ def await_rows(fed: Federation, state: RunState, patience_s: float) -> bool:
         if not told:
             fed.emit("awaiting_rows", {"round": number, "rows": live.come, "needed": live.needs(number)})
             told = True
+        look(state.round)
         time.sleep(min(POLL_S, max(given_up - time.monotonic(), 0)))
     if state.stream and state.stream.seen not in ("", live.sha256(state.round)):
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from clients.attacks import mount
 from clients.live import open_live
 from fedlora.adapter.initial import check_rank, initial_adapter
-from fedlora.aggregation import Strategy, compose
+from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
 from fedlora.continual.course import Course
@@ -42,7 +42,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         emit("ranks_equalised", {"strategy": config.strategy_name, "rank": rank})
     members = [replace(member, rank=ranks[member.id]) for member in members]
     base = pool.base()
-    _check_named(config, [member.id for member in members], strategy)
+    check_named(config, [member.id for member in members], strategy.required, strategy.name)
     check_strategy(strategy, config, [member.id for member in members], base.merges)
     check_stream(strategy, members)
     check_head(strategy, base.dense)
@@ -107,15 +107,15 @@ def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
     return replace(state, initial=found.scores, stream=stream)
 
 
-def _check_named(config: RunConfig, clients: Sequence[str], strategy: Strategy) -> None:
+def check_named(config: RunConfig, clients: Sequence[str], required: Collection[str] = (), strategy: str = "") -> None:
     """Raise ``ConfigError`` where clients are named that are not there, or that a run cannot do without."""
     for key, named in (("exclude", config.clients.exclude), ("joins", list(config.clients.joins))):
         if odd := next((client for client in named if client not in clients), None):
             raise ConfigError(f"clients.{key}: there is no client {odd}{nearest(odd, clients)}")
     if not set(clients) - set(config.clients.exclude):
         raise ConfigError("clients.exclude leaves no client to train")
-    if needed := sorted(set(config.clients.exclude) & set(strategy.required)):
-        raise ConfigError(f"clients.exclude: {strategy.name} cannot do without {needed[0]}, which it trusts")
+    if needed := sorted(set(config.clients.exclude) & set(required)):
+        raise ConfigError(f"clients.exclude: {strategy} cannot do without {needed[0]}, which it trusts")
 
 
 def rounds_of(config: RunConfig, state: RunState) -> int:

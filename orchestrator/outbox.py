@@ -33,6 +33,7 @@ class Outbox:
         self._fresh = fed.fresh_pair(state.freezes)  # the same for every plan
         self.given: list[Flight] = []
         self.bytes_down = 0
+        self.left_out = 0  # of the draws, since they are excluded
 
     def choose(self, count: int, busy: Collection[str], now_s: float, turn: int = 0) -> list[ClientInfo]:
         """Whom to ask, in member order: a draw among those who are there and have nothing out, and who is required.
@@ -55,7 +56,9 @@ class Outbox:
         drawn = {*fed.selector.select(there, draw), *(() if turn else fed.strategy.required)}
         # a selection from a plug-in may name anybody
         places = sorted(fed.places[client] for client in drawn if client in fed.places and client not in busy)
-        places = [place for place in places if fed.members[place].id not in fed.excluded]
+        kept = [place for place in places if fed.members[place].id not in fed.excluded]
+        self.left_out += len(places) - len(kept)
+        places = kept
         chosen = [self._now(fed.members[place]) for place in places]
         return [client for client in chosen if client.num_examples or fed.course is None]
 
@@ -80,7 +83,8 @@ class Outbox:
         if key not in self._expected:
             payload, patches = self._payloads[flight.received], self._patches[: flight.patches]
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
-            task = TrainTask(*which, patches, flight.accepted, flight.stage, self._fed.ended)
+            seen = self._fed.live.sha256(flight.round) if self._fed.live else ""
+            task = TrainTask(*which, patches, flight.accepted, flight.stage, self._fed.ended, seen)
             member = self._fed.members[self._fed.places[flight.client]]
             client = _at_rank(self._fed.present(member, flight.round), flight.plan.rank)
             form = self._form(flight.received, flight.plan.send)

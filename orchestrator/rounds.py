@@ -46,7 +46,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     reach("round.trained", number)
 
     used = inbox.used()
-    aggregate, problem = _aggregate(fed, used, ctx, state)
+    aggregate, problem = _aggregate(fed, used, ctx, state, outbox.left_out)
     if problem:
         used = []
     empty = _empty_rounds(state, used, inbox, problem)
@@ -114,11 +114,14 @@ def play_round(fed: Federation, state: RunState) -> RunState:
 
 
 def _aggregate(
-    fed: Federation, used: Sequence[Used], ctx: RoundContext, state: RunState
+    fed: Federation, used: Sequence[Used], ctx: RoundContext, state: RunState, left_out: int
 ) -> tuple[Aggregate, str | None]:
     """The strategy's answer; or the model as it is, and why, where too few came or the strategy cannot use them."""
     unchanged = Aggregate(state.adapter, state.strategy)
-    needed = math.ceil(fed.schedule.quorum * wanted(fed, ctx.round) - 1e-9)
+    expected = wanted(fed, ctx.round)
+    if fed.schedule.mode == "sync":
+        expected = max(expected - left_out, 1)
+    needed = math.ceil(fed.schedule.quorum * expected - 1e-9)
     if len(used) < needed:
         return unchanged, f"{len(used)} updates came, and schedule.quorum asks for {needed}"
     if not used:

@@ -59,7 +59,9 @@ def _not_too_old(fed: Federation, state: RunState, inbox: Inbox) -> tuple[Flight
 def wanted(fed: Federation, number: int) -> int:
     """Updates a round waits for, where everybody answers."""
     per_round = min(how_many(fed.per_round, len(fed.members)), max(len(fed.with_rows(number)), 1))
-    return min(fed.schedule.buffer, per_round) if fed.schedule.mode == "async" else per_round
+    if fed.schedule.mode == "async":
+        return min(fed.schedule.buffer, per_round, max(len(fed.askable(number)), 1))
+    return per_round
 
 
 # Synchronous rounds ----------------------------------------------------------------------------------------------
@@ -72,11 +74,12 @@ def _synchronous(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox)
     now = state.clock_s
     chosen = outbox.choose(asked, busy, now)
     if not chosen and fed.fleet is not None and not state.flights:
-        later = fed.fleet.next_online_s(now, {member.id for member in fed.with_rows(inbox.number)})
+        later = fed.fleet.next_online_s(now, {member.id for member in fed.askable(inbox.number)})
         now = later if later < math.inf else now
         chosen = outbox.choose(asked, busy, now)
     fed.emit("round_started", {"round": inbox.number, "selected": [client.id for client in chosen], "wanted": target})
     new = outbox.give(chosen, now)
+    target = max(target - outbox.left_out, 1)
     if fed.schedule.over_selection == 1:
         target = len(new)  # a Poisson draw has its own size, and a required client comes on top
     if fed.fleet is None:
@@ -160,7 +163,7 @@ def _buffered_by_virtual_clock(fed: Federation, state: RunState, outbox: Outbox,
             flights += outbox.give(outbox.choose(free, busy, now, turn), now)
             turn += 1
         if not flights:
-            able = {member.id for member in fed.with_rows(inbox.number)}
+            able = {member.id for member in fed.askable(inbox.number)}
             unasked = able - {flight.client for flight in came} - inbox.answered
             later = fed.fleet.next_online_s(now, unasked)
             if later == math.inf:

@@ -24,6 +24,7 @@ from fedlora.plugins import load_plugins
 from fedlora.training.model import check_length, device_of, dtype_of, find_saved, find_sites, outline
 from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
+from orchestrator.opening import check_named
 from orchestrator.selection import build_selector
 from orchestrator.soundness import check_head, check_strategy
 from orchestrator.stores.files import check_folder
@@ -56,6 +57,7 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         facts |= _stream_facts(stream, live)
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.declared, config.seed)
+        check_named(config, list(corpus.shards))
         if strategy is not None:
             check_strategy(strategy, config, list(corpus.shards), merges=_merges(config))
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)

@@ -37,7 +37,8 @@ class Prototypes(Wrapper):
             every client sends a matrix [d, d] more.
         scale: of the logits.
         memory: share of what earlier rounds saw of a label that still counts where a round sees it again; 0 takes
-            the last round that saw it alone, 1 all of them, which is right where features do not drift.
+            the last round that saw it alone, 1 all of them, which is right where features do not drift. The covariance
+            is one for all labels, and forgets as large a share of itself as the labels together forget.
         shrinkage: share of the mean variance in the covariance, which may be singular without; mahalanobis alone.
         rows: at most so many of a client's rows are looked at, drawn anew in every round; default all.
         head: path of the head's last layer; default what is trained in full under a usual name of a head.
@@ -117,15 +118,14 @@ class Prototypes(Wrapper):
         means, mass = self._remembered(sums, rows, state)
         kept = {**outcome.state, "means": means.float(), "rows": mass.float()}
         if self.pooled:
-            scatter = gather_scatter(updates, channel, sums / rows.clamp(min=1e-30)[:, None])
-            kept |= self._pooled(scatter, float(rows.sum()), state)
+            kept["covariance"] = self._pooled(updates, channel, sums, rows, state)
         dense = {**outcome.adapter.dense, **self._written(path, means, mass > 0, outcome.adapter.dense, kept)}
         told = {**outcome.metrics, "labels_with_a_mean": int((mass > 0).sum())}
         return replace(outcome, adapter=replace(outcome.adapter, dense=dense), state=kept, metrics=told)
 
     def freeze(self, adapter: AdapterState, ctx: RoundContext, state: State) -> State:
         # a freeze leaves the function of the model as it is, and with it every mean
-        kept = {name: state[name] for name in ("means", "rows", "covariance", "covered") if name in state}
+        kept = {name: state[name] for name in ("means", "rows", "covariance") if name in state}
         return {**super().freeze(adapter, ctx, state), **kept}
 
     def place(self, dense: Mapping[str, Tensor]) -> str:
@@ -157,13 +157,24 @@ class Prototypes(Wrapper):
         mixed = (before[:, None] * old + sums) / (before + rows).clamp(min=1e-30)[:, None]
         return torch.where(seen[:, None], mixed, old), torch.where(seen, before + rows, mass)
 
-    def _pooled(self, scatter: Tensor, rows: float, state: State) -> dict[str, Tensor | float]:
-        """The covariance [d, d] around the means of labels, this round's included, and the rows it stands for."""
-        old, covered = state.get("covariance"), state.get("covered", 0.0)
-        before = self.memory * covered if isinstance(covered, float) else 0.0
-        if isinstance(old, Tensor):
-            scatter = scatter + before * old.double()
-        return {"covariance": (scatter / max(before + rows, 1e-30)).float(), "covered": before + rows}
+    def _pooled(
+        self, updates: Sequence[Contribution], channel: str, sums: Tensor, rows: Tensor, state: State
+    ) -> Tensor:
+        """The covariance [d, d] around the means of labels, of all rows that these stand for.
+
+        What a round saw of a label scatters around a mean of its own; how far that is from the one before belongs to
+        the scatter too. Of the old scatter as much is left as of the rows it stands for.
+        """
+        round_means = sums / rows.clamp(min=1e-30)[:, None]
+        scatter = gather_scatter(updates, channel, round_means)
+        old, means, mass = (state.get(name) for name in ("covariance", "means", "rows"))
+        if not (isinstance(old, Tensor) and isinstance(means, Tensor) and isinstance(mass, Tensor)):
+            return (scatter / rows.sum().clamp(min=1e-30)).float()
+        before = torch.where(rows > 0, self.memory * mass.double(), mass.double())
+        apart = round_means - means.double()
+        shared = before * rows / (before + rows).clamp(min=1e-30)  # 0 where only one of them has the label
+        scatter = scatter + before.sum() * old.double() + apart.T @ (shared[:, None] * apart)
+        return (scatter / (before + rows).sum().clamp(min=1e-30)).float()
 
     def _written(
         self, path: str, means: Tensor, seen: Tensor, dense: Mapping[str, Tensor], state: State

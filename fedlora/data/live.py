@@ -48,15 +48,16 @@ class LiveFolder:
             if not self._path.is_dir():
                 raise DataError(f"continual.live: there is no folder {self.origin}")
             self._check(sizes)
-            names, lines = list(sizes), []
+            names, lines, read = list(sizes), [], dict(self._read)
             for name in names:
                 content = self._from(name)
                 if name == names[-1]:
                     content = content[: content.rfind(b"\n") + 1]  # the rest is still being written
-                self._read[name] = self._read.get(name, 0) + len(content)
+                read[name] = read.get(name, 0) + len(content)
                 lines += [line for line in content.split(b"\n") if line.strip()]
         except OSError as error:
             raise DataError(f"continual.live: {self.origin} cannot be read: {error.strerror or error}") from error
+        self._read = read  # only now: what was not handed out has not been read
         return lines
 
     def _check(self, sizes: Mapping[str, int]) -> None:

@@ -149,6 +149,8 @@ def _targets(example: Example) -> int:
 
 
 def _endless(examples: Sequence[Example], options: TrainingConfig, seed: int) -> Iterator[list[Example]]:
+    if not examples:
+        raise FedLoRAError("there are no rows to train on")
     lengths = [len(example.input_ids) for example in examples]
     for epoch in itertools.count():
         order = derive_seed(seed, epoch, "", "batches")

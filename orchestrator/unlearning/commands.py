@@ -127,6 +127,25 @@ def list_requests(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def withdraw(
+    run: RunFolder,
+    request: RequestId,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="an authorised private key")],
+    authorised: Authorised = None,
+) -> None:
+    """Take a request back that has not been carried out yet, so that the run can go on."""
+    from fedlora.unlearning.keys import fingerprint, load_key
+    from orchestrator.unlearning.execute import withdraw as take_back
+
+    signer = fingerprint(load_key(key).public_key())
+    if signer not in _keys(authorised):
+        raise UnlearningError(f"the key {signer[:16]} is not authorised")
+    with _lease(run, 0.0):
+        take_back(run, request, f"withdrawn by key {signer[:16]}")
+    typer.echo(f"{request}: withdrawn")
+
+
+@app.command()
 def certificate(run: RunFolder, request: RequestId) -> None:
     """Print a certificate as JSON; the page beside it is for reading."""
     path = run / "unlearning" / f"{request}.json"

@@ -13,19 +13,31 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedlora.errors import UnlearningError
+from fedlora.aggregation import compose
+from fedlora.errors import ConfigError, RoundError, UnlearningError
 from fedlora.unlearning.standing import Standing
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.results import export_adapter
+from orchestrator.state import RunState
 from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, read_lines, write_json
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
 from orchestrator.unlearning.publish import publish
 from orchestrator.unlearning.requests import FOLDER, advance, find_request, pending, refuse
-from orchestrator.unlearning.rollback import Rollback, plan_rollback, prepare, replay
+from orchestrator.unlearning.rollback import (
+    COMPARED,
+    Rollback,
+    knows,
+    plan_rollback,
+    prepare,
+    replay,
+    rounds_played,
+    sessions,
+    threads,
+)
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 WEIGHTS = "adapter_model.safetensors"
@@ -100,6 +112,9 @@ def _plan(job: Job) -> Standing:
         raise UnlearningError(f"{job.request}: {reason}")
     try:
         plan = plan_rollback(job.folder, **{_KEYS[asked.kind]: asked.target})
+        config = read_config(job.folder)
+        if needed := sorted(set(compose(config.strategy).required) & set(plan.clients)):
+            raise UnlearningError(f"{config.strategy_name} cannot do without {needed[0]}, which it trusts")
     except UnlearningError as error:
         refuse(job.folder, job.request, str(error))
         raise
@@ -114,12 +129,11 @@ def _contain(job: Job) -> Standing:
     plan, adapter = job.plan(), job.folder / "adapter"
     if plan.first is None or not adapter.exists():
         return job.note("contained", {"adapter": "holds nothing of the target"})
+    shutil.rmtree(adapter)  # with the adapters of isolated tasks
     if plan.start is None:
-        shutil.rmtree(adapter)
         return job.note("contained", {"adapter": "removed: there is none from before the target took part"})
     state = next(load(path) for path in checkpoints(job.folder) if path.name == f"round-{plan.start:04d}")
-    task = "sequence-classification" if read_json(job.folder / "labels.json") else "causal-lm"
-    weights = export_adapter(state, read_config(job.folder), task, adapter)
+    weights = _export(job.folder, state)
     return job.note("contained", {"adapter": f"as after round {plan.start}", "sha256": file_sha256(weights)})
 
 
@@ -130,24 +144,67 @@ def _execute(job: Job) -> Standing:
         if plan.first is None:
             # nothing to replay, but the configuration has to say that the client does not come back
             prepare(job.folder, plan, job.work)
-        summary = replay(job.folder, plan, job.work, job.listen)
-        facts |= {"rounds_played": plan.replayed, "adapter_sha256": summary["adapter_sha256"]}
+        try:
+            summary = replay(job.folder, plan, job.work, job.listen)
+        except (ConfigError, RoundError) as error:
+            withdraw(job.folder, job.request, f"the run cannot be played without: {error}")
+            raise UnlearningError(f"{job.request} is refused: the run cannot be played without: {error}") from error
+        doubts = _doubts_of(job)
+        facts |= {"rounds_played": plan.replayed, "adapter_sha256": summary["adapter_sha256"], "doubts": doubts}
+        facts["level"] = "E2" if doubts else plan.level
     else:
         prepare(job.folder, plan, job.work)  # the run goes on from there by itself
         facts["goes_on_from"] = plan.start or 0
     return job.note("executed", facts)
 
 
+def _doubts_of(job: Job) -> list[str]:
+    """Why a replay that has been played may differ in bytes from a run that never had the target."""
+    doubts = []
+    before, after = sessions(job.folder)[-1:], sessions(job.work)
+    if any(line[key] != before[0][key] for line in after for key in COMPARED):
+        doubts.append("the replay was played with other versions, or on another machine")
+    if threads(job.work) - threads(job.folder):
+        doubts.append("workers of the replay had another number of threads")
+    lost = [row["round"] for row in read_lines(job.work / "metrics.jsonl") if row["failed"] or row["late"]]
+    if lost and read_config(job.folder).fleet is None:
+        doubts.append(f"clients failed or were late in round {lost[0]} of the replay")
+    return doubts
+
+
+def withdraw(folder: Path, request: str, reason: str) -> Standing:
+    """End a request that has not been published yet; a run whose adapter was contained gets its own back.
+
+    Raises:
+        UnlearningError: if it has come too far, or ended before.
+    """
+    standing = find_request(folder, request)
+    if standing.phase in ("verified", "purged") or not standing.is_open:
+        raise UnlearningError(f"{request} is {standing.phase}, which cannot be taken back")
+    state, _ = load_latest(folder)
+    if "contained" in standing.facts and standing.request.now and state is not None and is_finished(folder):
+        _export(folder, state)
+    shutil.rmtree(folder / FOLDER / request, ignore_errors=True)
+    return refuse(folder, request, reason)
+
+
+def _export(folder: Path, state: RunState) -> Path:
+    """Put the adapter of a state in use."""
+    task = "sequence-classification" if read_json(folder / "labels.json") else "causal-lm"
+    return export_adapter(state, read_config(folder), task, folder / "adapter")
+
+
 def _verify(job: Job) -> Standing:
     """That what was made holds no round with the target, and is what was noted."""
     plan, executed = job.plan(), find_request(job.folder, job.request).facts["executed"]
-    rows = read_lines(job.work / "metrics.jsonl")
+    state, _ = load_latest(job.work)
+    rows = rounds_played(job.work, state) if state else []
     config = read_config(job.work)
     asked = [row["round"] for row in rows if set(row["selected"]) & set(plan.clients)]
     excluded = set(plan.clients) <= set(config.clients.exclude) and set(plan.records) <= set(config.data.forget)
     weights = job.work / "adapter" / WEIGHTS
     sha256 = file_sha256(weights) if weights.exists() else None
-    if asked or not excluded or sha256 != executed.get("adapter_sha256"):
+    if asked or (state and knows(state, plan.clients)) or not excluded or sha256 != executed.get("adapter_sha256"):
         raise UnlearningError(
             f"{job.request}: {job.work} is not the replay that was noted (its target is asked in rounds {asked},"
             f" adapter {sha256}); delete it and run the request again"
@@ -186,7 +243,7 @@ def _round_of(path: str) -> float:
 
 
 def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
-    residual = list(standing.facts["planned"]["plan"]["doubts"])
+    residual = [*standing.facts["planned"]["plan"]["doubts"], *standing.facts["executed"].get("doubts", [])]
     if read_config(job.folder).store.redis:
         residual.append("Events of the run on its Redis server name the client until they expire, after seven days.")
     residual.append("The journal goes on saying who took part in which round, and with which numbers.")

@@ -25,10 +25,12 @@ def publish(folder: Path, work: Path) -> None:
     Raises:
         RunFolderError: if the disk refuses.
     """
-    if not work.exists():
-        return  # done before a crash
-    plan, old = work / "publish.json", work / "old"
+    plan, old, done = work / "publish.json", work / "old", work.with_name("done")
     with writing(folder):
+        if done.exists():
+            shutil.rmtree(done)
+        if not work.exists():
+            return  # done before a crash
         if not plan.exists():
             config = read_config(work).model_copy(update={"output_dir": read_config(folder).output_dir})
             write_atomic(work / "config.yaml", config.to_yaml())
@@ -40,11 +42,15 @@ def publish(folder: Path, work: Path) -> None:
             if name in new and not (work / name).exists():
                 continue  # moved before a crash
             if (folder / name).is_dir() or (name not in new and (folder / name).exists()):
-                (folder / name).rename(old / name)
+                if (old / name).exists():  # written anew since a crash
+                    shutil.rmtree(folder / name)
+                else:
+                    (folder / name).rename(old / name)
             reach(f"publish.removed.{name}", 0)
             if name in new:
                 (work / name).replace(folder / name)  # of a file, in one step: there is always a configuration
             reach(f"publish.moved.{name}", 0)
         sync_folder(folder)
-        shutil.rmtree(work)
+        work.rename(done)  # in one step: a folder half deleted would look like a replay to publish
+        shutil.rmtree(done)
     reach("publish.done", 0)

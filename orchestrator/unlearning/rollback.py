@@ -21,11 +21,14 @@ from fedlora.config import RunConfig, parse_config
 from fedlora.continual.stream import open_stream
 from fedlora.data.partition import Corpus
 from fedlora.errors import CheckpointError, UnlearningError, nearest
+from fedlora.plugins import load_plugins
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
 
+COMPARED = ("fedlora", "python", "versions", "cpu", "machine", "plugins")
+UNTIMED = ("uniform", "weighted", "round_robin", "poisson", "power_of_choice")  # rules of selection that see no clock
 Listener = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -81,10 +84,12 @@ def plan_rollback(folder: Path, clients: Collection[str] = (), records: Collecti
     known = [row["client"] for row in read_json(folder / "partition.json")]
     if odd := next((client for client in clients if client not in known), None):
         raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
-    rows = read_lines(folder / "metrics.jsonl")
+    rows = rounds_played(folder, state)
     owners, emptied = _owners(config, records) if records else ([], [])
     first = _first_part(config, rows, {*clients, *owners}, bool(records), state)
-    start = _start(folder, first) if first is not None else state.round
+    if first is None and knows(state, clients):
+        first = 1  # the rows say nothing, and the state does
+    start = _start(folder, first, clients) if first is not None else state.round
     doubts = _doubts(folder, config, rows, start or 0)
     gone = tuple(sorted({*clients, *emptied}))
     found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
@@ -107,6 +112,18 @@ def replay(folder: Path, plan: Rollback, work: Path, listen: Listener) -> dict[s
     """
     prepare(folder, plan, work)
     return launch.resume(work, listen)
+
+
+def rounds_played(folder: Path, state: RunState) -> list[dict[str, Any]]:
+    """A row for every committed round; the newest may be in the checkpoint alone where a crash came after it."""
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] < state.round]
+    return [*rows, dict(state.row)] if state.row else rows
+
+
+def knows(state: RunState, clients: Collection[str]) -> bool:
+    """Whether a state has heard of one of the clients."""
+    heard = {*state.records, *state.participation, *state.accepted, *state.caught_up}
+    return bool(set(clients) & (heard | {flight.client for flight in state.flights}))
 
 
 def without(config: RunConfig, clients: Collection[str] = (), records: Collection[str] = ()) -> RunConfig:
@@ -132,7 +149,7 @@ def prepare(folder: Path, plan: Rollback, work: Path) -> None:
     if plan.start is not None:
         # older ones too: they are as clean, and a later request may need one
         for state in _up_to(folder, plan.start):
-            commit(scratch, replace(state, config_sha256=config.sha256()), config.keep_checkpoints)
+            commit(scratch, _forgetting(state, config, plan.clients), config.keep_checkpoints)
             PrivateState(folder / "private", config.keep_checkpoints).copy(scratch / "private", state.accepted)
         before = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] <= plan.start]
         write_atomic(scratch / "metrics.jsonl", _lines(before))
@@ -158,6 +175,15 @@ def _rows(corpus: Corpus, client: str) -> int:
     return len(corpus.shards[client]) + len(corpus.heldout[client])
 
 
+def _forgetting(state: RunState, config: RunConfig, clients: Collection[str]) -> RunState:
+    """A state of the run without the clients: nobody scores them any more, so their scores go too."""
+    stream = state.stream
+    if stream:
+        scored = {client: scores for client, scores in stream.clients.items() if client not in clients}
+        stream = replace(stream, clients=scored)
+    return replace(state, config_sha256=config.sha256(), stream=stream)
+
+
 def _first_part(
     config: RunConfig, rows: Sequence[Mapping[str, Any]], clients: Collection[str], resized: bool, state: RunState
 ) -> int | None:
@@ -171,12 +197,16 @@ def _first_part(
     return next((row["round"] for row in rows if set(row["selected"]) & set(clients)), None)
 
 
-def _start(folder: Path, first: int) -> int | None:
+def _start(folder: Path, first: int, clients: Collection[str]) -> int | None:
     """The newest checkpoint from before round ``first`` with which a replay can begin."""
     for path in reversed(checkpoints(folder)):
         with contextlib.suppress(CheckpointError):
             state = load(path)
-            if state.round < first and PrivateState(folder / "private", 1).holds(state.accepted):
+            if (
+                state.round < first
+                and not knows(state, clients)
+                and PrivateState(folder / "private", 1).holds(state.accepted)
+            ):
                 return state.round
     return None
 
@@ -196,13 +226,13 @@ def _up_to(folder: Path, last: int) -> list[RunState]:
 def _doubts(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]], start: int) -> list[str]:
     """Reasons for which a replay may differ in bytes from a run that never had the clients."""
     doubts = []
-    facts = launch.facts(config, None, ())
-    for line in read_lines(folder / "journal.jsonl"):
-        if line["event"] in ("run_opened", "run_resumed"):
-            other = [key for key in ("fedlora", "python", "versions", "cpu", "machine") if line[key] != facts[key]]
-            if other:
-                doubts.append(f"a session was played with another {', '.join(other)}")
-                break
+    now = launch.facts(config, None, load_plugins(config.plugins))
+    if other := {key for line in sessions(folder) for key in COMPARED if line[key] != now[key]}:
+        doubts.append(f"a session was played with another {', '.join(sorted(other))}")
+    selection = config.clients.selection
+    rule = selection if isinstance(selection, str) else next(iter(selection))
+    if rule not in UNTIMED and config.fleet is None:
+        doubts.append(f"clients.selection: {rule} may go by how long clients took")
     schedule = config.schedule
     loose = schedule.mode == "async" or schedule.deadline_s is not None or schedule.over_selection > 1
     if loose and config.fleet is None:
@@ -211,6 +241,16 @@ def _doubts(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]], 
     if lost and config.fleet is None:
         doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")
     return doubts
+
+
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    """What the journal says of the machine of every session."""
+    return [line for line in read_lines(folder / "journal.jsonl") if line["event"] in ("run_opened", "run_resumed")]
+
+
+def threads(folder: Path) -> set[int]:
+    """Threads that workers trained with, which the last bits of a sum depend on."""
+    return {line["threads"] for line in read_lines(folder / "journal.jsonl") if line["event"] == "worker_ready"}
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

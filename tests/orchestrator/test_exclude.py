@@ -54,3 +54,21 @@ def test_a_client_may_join_later(toy: Toy) -> None:
 def test_names_that_are_not_there_are_refused(toy: Toy, clients: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         launch.run(toy(clients={"count": 6, **clients}), quiet)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_an_excluded_client_that_is_the_only_one_online_does_not_stop_the_clock(tmp_path: Path, mode: str) -> None:
+    strategy = ["staleness", "flexlora"] if mode == "async" else "flexlora"
+    for seed in range(3):
+        clients = {"count": 6, "per_round": 2, "ranks": [2], "exclude": ["c1"]}
+        schedule = {"mode": mode, "buffer": 1} if mode == "async" else {}
+        config = toy_config(
+            tmp_path / str(seed),
+            clients=clients,
+            fleet={"online": 0.05},
+            seed=seed,
+            strategy=strategy,
+            schedule=schedule,
+        )
+        launch.run(config, quiet)
+        assert any(selected(config))

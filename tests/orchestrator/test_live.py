@@ -263,3 +263,38 @@ def test_rows_of_another_kind_end_the_run_with_a_sentence(live: Callable[..., Ru
     state, _ = load_latest(Path(config.output_dir))
     assert state is not None
     assert state.round == 1
+
+
+def test_rows_that_could_not_be_handed_out_have_not_been_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(tmp_path / "1.jsonl", [{"n": n} for n in range(4)])
+    add(tmp_path / "2.jsonl", [{"n": n} for n in range(4, 8)])
+    stream = stream_over(tmp_path)
+    whole, broken = LiveFolder._from, [True]
+
+    def flaky(self: LiveFolder, name: str) -> bytes:
+        if name == "2.jsonl" and broken:
+            broken.clear()
+            raise OSError(5, "Input/output error")
+        return whole(self, name)
+
+    monkeypatch.setattr(LiveFolder, "_from", flaky)
+    with pytest.raises(DataError, match="cannot be read: Input/output error"):
+        stream.has(1)
+    assert stream.has(1)
+    assert [row["n"] for row in stream.rows([0, 1, 2, 3])] == [0, 1, 2, 3]
+
+
+def test_values_of_different_types_are_refused_and_columns_nobody_needs_are_not_looked_at(
+    live: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    new = rows(72)
+    for place, row in enumerate(new):
+        row["meta"] = place if place % 2 else "odd"
+    add(tmp_path / "incoming" / "1.jsonl", new[:48])
+    add(tmp_path / "incoming" / "1.jsonl", [{**row, "text": 3} if i == 5 else row for i, row in enumerate(new[48:])])
+    config = live()
+    with pytest.raises(FedLoRAError, match="the rows of .* from row 48 have values of different types"):
+        launch.run(config, quiet)
+    state, _ = load_latest(Path(config.output_dir))
+    assert state is not None
+    assert state.round == 2

@@ -24,6 +24,7 @@ from orchestrator.stores.files import read_config, read_json, read_lines
 from orchestrator.unlearning.certificate import verify_certificate
 from orchestrator.unlearning.execute import carry_out
 from orchestrator.unlearning.requests import find_request, identity, read_requests, receive
+from orchestrator.unlearning.rollback import plan_rollback
 from tests.conftest import quiet
 from tests.unlearning.test_rollback import adapter_of, asked, config_of
 
@@ -234,4 +235,80 @@ def test_a_key_that_nobody_authorised_takes_nothing_out(run: Path, keys: Path, t
     common = ["--key", str(tmp_path / "other" / "stranger"), "--authorised", str(keys)]
     result = CliRunner().invoke(app, ["unlearn", "run", str(run), "--client", "c0", *common])
     assert "is not authorised" in str(result.exception)
+    assert len(asked(run)) == 4
+
+
+# What a sceptical reader found --------------------------------------------------------------------------------------
+
+
+def _run_killed(folder: str, failpoint: str) -> None:
+    os.environ["FEDLORA_FAILPOINT"] = failpoint
+    launch.run(config_of(Path(folder)), quiet)
+
+
+def test_a_client_whose_round_was_committed_and_not_logged_is_known_all_the_same(keys: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = get_context("spawn").Process(target=_run_killed, args=(str(folder), "commit.renamed:3"))
+    process.start()
+    process.join()
+    state, _ = load_latest(folder)
+    assert state is not None
+    assert state.row is not None
+    before = {client for row in asked(folder) for client in row}
+    target = next(client for client in state.row["selected"] if client not in before)
+    plan = plan_rollback(folder, [target])
+    assert (plan.first, plan.start) == (3, 2)
+    config = read_config(folder)
+    finish(folder, keys, request(folder, keys, target))
+    launch.resume(folder, quiet)
+    assert adapter_of(folder) == control(config, tmp_path / "control", target)
+
+
+def test_a_resume_in_the_middle_of_a_publication_writes_nothing(run: Path, keys: Path, tmp_path: Path) -> None:
+    target, config = asked(run)[1][0], read_config(run)
+    name = request(run, keys, target)
+    args = (str(run), str(keys), name, "publish.removed.checkpoints:0")
+    process = get_context("spawn").Process(target=_killed, args=args)
+    process.start()
+    process.join()
+    assert not (run / "checkpoints").exists()
+    with pytest.raises(RunInterrupted, match="R1 asks to take out"):
+        launch.resume(run, quiet)
+    assert not (run / "checkpoints").exists()
+    finish(run, keys, name)
+    assert adapter_of(run) == control(config, tmp_path / "control", target)
+
+
+def test_what_a_run_cannot_do_without_is_refused_and_leaves_everything_as_it_was(keys: Path, tmp_path: Path) -> None:
+    trusting = config_of(tmp_path / "run", strategy=[{"fltrust": {"root": "c0"}}, "flexlora"])
+    launch.run(trusting, quiet)
+    folder, before = tmp_path / "run", adapter_of(tmp_path / "run")
+    with pytest.raises(UnlearningError, match="cannot do without c0, which it trusts"):
+        finish(folder, keys, request(folder, keys, "c0", now=True))
+    assert adapter_of(folder) == before
+    assert not find_request(folder, "R1").is_open
+
+
+def test_a_quorum_is_of_those_who_can_still_be_asked(keys: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", schedule={"quorum": 1.0}, clients={"count": 6, "ranks": [2, 4, 8]})
+    launch.run(config, quiet)
+    finish(tmp_path / "run", keys, request(tmp_path / "run", keys, "c2"))
+    assert all(len(row) == 5 for row in asked(tmp_path / "run"))
+
+
+def test_a_request_can_be_taken_back_until_it_is_carried_out(run: Path, keys: Path) -> None:
+    before = adapter_of(run)
+    name = request(run, keys, asked(run)[2][0], now=True)
+
+    def stop(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "round_committed":
+            raise KeyboardInterrupt
+
+    with pytest.raises(RunInterrupted):
+        finish(run, keys, name, stop)
+    words = ["--request", name, "--key", str(keys / "officer"), "--authorised", str(keys)]
+    result = CliRunner().invoke(app, ["unlearn", "withdraw", str(run), *words])
+    assert result.exit_code == 0, result.output
+    assert adapter_of(run) == before
+    assert "withdrawn by key" in (find_request(run, name).reason or "")
     assert len(asked(run)) == 4

@@ -1,14 +1,18 @@
 """A client rolled back: the bytes of a run that never had it."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
 from fedlora.continual.stream import open_stream
 from fedlora.errors import RunInterrupted, UnlearningError
+from fedlora.plugins import unload_plugins
+from fedlora.protocol import TrainPlan, TrainTask
 from fedlora.unlearning.request import hashed
 from orchestrator import launch
 from orchestrator.stores.files import read_config, read_lines
@@ -181,3 +185,40 @@ def test_a_run_without_a_committed_round_has_nothing_to_unlearn(tmp_path: Path) 
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
     with pytest.raises(UnlearningError, match="has no committed round"):
         plan_rollback(tmp_path / "run", ["c0"])
+
+
+def test_what_goes_by_the_time_clients_took_is_not_claimed_to_be_the_same_bytes(tmp_path: Path) -> None:
+    clients = {"count": 6, "per_round": 3, "ranks": [2, 4, 8], "selection": "oort"}
+    launch.run(config_of(tmp_path / "run", clients=clients), quiet)
+    plan = plan_rollback(tmp_path / "run", ["c0"])
+    assert plan.doubts == ("clients.selection: oort may go by how long clients took",)
+
+
+def test_a_run_with_a_plug_in_can_be_rolled_back(tmp_path: Path) -> None:
+    mine = """from fedlora.aggregation import STRATEGIES
+from fedlora.aggregation.averaging import FedIT
+
+
+@STRATEGIES.register("mine")
+class Mine(FedIT):
+    name = "mine"
+"""
+    (tmp_path / "mine.py").write_text(mine)
+    launch.run(config_of(tmp_path / "run", plugins=[str(tmp_path / "mine.py")]), quiet)
+    assert plan_rollback(tmp_path / "run", ["c0"]).level == "E1"
+    unload_plugins()
+    (tmp_path / "mine.py").write_text(mine + "# edited\n")
+    assert plan_rollback(tmp_path / "run", ["c0"]).doubts == ("a session was played with another plugins",)
+    unload_plugins()
+
+
+def test_an_excluded_colluder_is_nobody(tmp_path: Path) -> None:
+    attack = {"name": "alie", "clients": ["c0", "c1"]}
+    config = config_of(tmp_path / "run", attack=attack, clients={"count": 6, "exclude": ["c1"]}, rounds=1)
+    runtime, trained = ClientRuntime(config), []
+    runtime._honest = lambda task: trained.append(task.client)  # type: ignore[assignment,method-assign]
+    assault = runtime._assault
+    assert assault is not None
+    with contextlib.suppress(AttributeError):
+        runtime._honest_deltas(assault, TrainTask(1, "c0", TrainPlan(2), b"", "", 0))
+    assert trained == ["c0"]
