@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from clients.attacks import mount
-from clients.live import open_live
 from fedlora.adapter.initial import check_rank, initial_adapter
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
@@ -17,6 +16,7 @@ from fedlora.config import RunConfig
 from fedlora.continual.course import Course
 from fedlora.continual.merging import build_merging
 from fedlora.continual.plateau import build_policy, build_stop
+from fedlora.data.live import LiveStream
 from fedlora.errors import ConfigError, RunFolderError, nearest
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
 from orchestrator.federation import Emit, Federation
@@ -79,7 +79,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         course=Course.of(config.continual, config.seed) if config.continual else None,
         excluded=frozenset(config.clients.exclude),
         joins=dict(config.clients.joins),
-        live=open_live(config),
+        live=_live(config),
         stops=[build_stop(rule) if rule else None for rule in config.continual.stops] if config.continual else (),
         freezer=build_policy(config.continual.freeze) if config.continual else None,
         merging=merging,
@@ -105,6 +105,14 @@ def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
     found = evaluate_global(replace(fed, evaluate_clients=False), state)
     stream = Progress().begun(found.tasks) if found.tasks else None
     return replace(state, initial=found.scores, stream=stream)
+
+
+def _live(config: RunConfig) -> LiveStream | None:
+    if config.continual is None or config.continual.live is None:
+        return None
+    from clients.live import open_live  # reads rows, which a driver whose clients are elsewhere never does
+
+    return open_live(config)
 
 
 def check_named(config: RunConfig, clients: Sequence[str], required: Collection[str] = (), strategy: str = "") -> None:

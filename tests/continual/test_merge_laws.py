@@ -181,7 +181,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 @EACH_KIND
-@pytest.mark.parametrize("rank", [1, 3, 16, 64])
+@pytest.mark.parametrize("rank", [1, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (3, 16)), 64])
 def test_a_merge_changes_no_output(build: Callable[[str], AdaptedModel], name: str, rank: int) -> None:
     model = build(name)
     adapter = trained(model, rank, seed=1)
@@ -226,7 +226,7 @@ def test_after_ten_merges_the_function_is_that_of_the_base_plus_all_products(
 
 
 @EACH_KIND
-@pytest.mark.parametrize("rank", [1, 64])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.slow), 64])
 def test_the_pair_after_a_merge_learns(build: Callable[[str], AdaptedModel], name: str, rank: int) -> None:
     model = build(name)
     adapter = trained(model, rank, seed=1)

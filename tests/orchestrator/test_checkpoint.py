@@ -109,7 +109,7 @@ def test_a_checkpoint_from_a_newer_version_says_so(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("orchestrator.state.SCHEMA", 99)
     commit(tmp_path, state(1), keep=2)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"schema 99, this version of fedlora reads 5"):
+    with pytest.raises(CheckpointError, match=r"schema 99, this version of fedlora reads 6"):
         load(tmp_path / "checkpoints" / "round-0001")
 
 
@@ -125,5 +125,5 @@ def test_leftovers_of_a_crash_are_swept_and_a_damaged_round_can_be_written_again
 def test_the_note_is_plain_json_and_the_tensors_are_safetensors(tmp_path: Path) -> None:
     commit(tmp_path, replace(state(1), strategy={}), keep=1)
     folder = tmp_path / "checkpoints" / "round-0001"
-    assert json.loads((folder / "state.json").read_text())["schema"] == 5
+    assert json.loads((folder / "state.json").read_text())["schema"] == 6
     assert {p.name for p in folder.iterdir()} == {"state.json", "tensors.safetensors", "manifest.json"}

@@ -46,8 +46,15 @@ def asked(folder: Path) -> list[list[str]]:
     return [row["selected"] for row in read_lines(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        ("flexlora", {}),
+        ("fedex_het with momentum", STREAM),
+        pytest.param("scaffold", {}, marks=pytest.mark.slow),
+        pytest.param("scaffold", STREAM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_replay_gives_the_bytes_of_a_run_that_never_had_the_client(
     tmp_path: Path, rule: str, changes: dict[str, Any]
 ) -> None:
@@ -107,7 +114,7 @@ def test_on_ray_too(tmp_path: Path, rule: str, changes: dict[str, Any]) -> None:
     _is_exact(tmp_path, rule, changes, "late", 0, "ray")
 
 
-@pytest.mark.parametrize("changes", [{}, STREAM], ids=["plain", "stream"])
+@pytest.mark.parametrize("changes", [{}, pytest.param(STREAM, marks=pytest.mark.slow)], ids=["plain", "stream"])
 def test_records_are_left_out_by_the_client_that_has_them(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = config_of(tmp_path / "run", **changes)
     launch.run(config, quiet)
