@@ -150,6 +150,7 @@ def test_workers_join_with_a_node_and_leave_with_it(tmp_path: Path, cluster: Clu
         pool.close()
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_place_holds_nobody_up_and_a_run_without_one_ends_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

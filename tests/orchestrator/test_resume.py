@@ -85,7 +85,7 @@ def _play_strategy(folder: str, strategy: Any, failpoint: str) -> None:
     launch.run(toy_config(folder, clients__per_round=4, strategy=strategy, rounds=4), quiet)
 
 
-FAST = ("fedsa", "scaffold")  # what clients keep, and what the server keeps of them; the others are slow tests
+FAST = ("fedsa",)  # what clients keep, and what the server keeps of them; the others are slow tests
 
 
 @pytest.mark.parametrize(

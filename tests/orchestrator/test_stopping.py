@@ -59,7 +59,8 @@ def test_each_task_may_have_a_rule_of_its_own(toy: Toy) -> None:
     assert state.stream.ended == (2, 5)
 
 
-@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 4])
 def test_a_run_that_was_stopped_anywhere_ends_its_tasks_where_an_undisturbed_one_does(
     tmp_path: Path, stop: int
 ) -> None:

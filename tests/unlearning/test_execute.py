@@ -135,6 +135,7 @@ def test_kill_9_in_any_phase_then_the_same_command_ends_the_same(
     ]
 
 
+@pytest.mark.slow
 def test_one_request_after_the_other_and_an_earlier_one_comes_first(run: Path, keys: Path, tmp_path: Path) -> None:
     config = read_config(run)
     first, second = request(run, keys, "c0"), request(run, keys, "c2")
@@ -246,6 +247,7 @@ def _run_killed(folder: str, failpoint: str) -> None:
     launch.run(config_of(Path(folder)), quiet)
 
 
+@pytest.mark.slow
 def test_a_client_whose_round_was_committed_and_not_logged_is_known_all_the_same(keys: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = get_context("spawn").Process(target=_run_killed, args=(str(folder), "commit.renamed:3"))
