@@ -141,10 +141,8 @@ def _execute(job: Job) -> Standing:
     plan = job.plan()
     facts: dict[str, Any] = {"level": plan.level, "rounds_played": 0}
     if is_finished(job.folder) or (job.work / "summary.json").exists():
-        if plan.first is None:
-            # nothing to replay, but the configuration has to say that the client does not come back
-            prepare(job.folder, plan, job.work)
         try:
+            # where nothing is to be replayed the configuration has to say all the same that nobody comes back
             summary = replay(job.folder, plan, job.work, job.listen)
         except (ConfigError, RoundError) as error:
             withdraw(job.folder, job.request, f"the run cannot be played without: {error}")
@@ -216,13 +214,13 @@ def _verify(job: Job) -> Standing:
 
 
 def _purge(job: Job) -> Standing:
+    plan = job.plan()
     publish(job.folder, job.work)
     after = set(snapshot(job.folder).values())
     before: dict[str, str] = read_json(job.space / "before.json")
-    first = job.plan().first or math.inf
+    first = plan.first or math.inf
     purged = {path: digest for path, digest in before.items() if digest not in after and not _round_of(path) < first}
     with closing(JsonLines(job.folder / "journal.jsonl")) as journal:
-        plan = job.plan()
         told = {
             "request": job.request,
             "clients": list(plan.clients),
