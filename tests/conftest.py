@@ -19,6 +19,14 @@ torch.set_num_threads(1)
 _ended = 0
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests: a file stays in one, and all that starts Ray does."""
+    for item in items:
+        together = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(together))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Remember how it ended."""
     global _ended
@@ -28,6 +36,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave without tearing anything down: ray, torch and arrow in one process have crashed while doing it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # still has to tell the process that started it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(_ended)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -26,6 +26,7 @@ class Request:
         target: client ids, names of tasks, labels; of records and data SHA-256 hashes only, see ``hashed``.
         action: the name of an unlearning action; ``""`` leaves the choice to the plan.
         now: contain first, erase after.
+        options: of the action, plain JSON data.
 
     Raises:
         UnlearningError: for a kind that does not exist, an empty target, or a plain id where a hash belongs.
@@ -35,6 +36,7 @@ class Request:
     target: tuple[str, ...]
     action: str = ""
     now: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -51,12 +53,14 @@ class Request:
     def content(self, run: str) -> dict[str, Any]:
         """What is signed: the request, and the run it is for, so that it cannot be played to another one."""
         target = list(self.target)
-        return {"kind": self.kind, "target": target, "action": self.action, "now": self.now, "run": run}
+        asked = {"kind": self.kind, "target": target, "action": self.action, "now": self.now, "run": run}
+        return asked | ({"options": dict(self.options)} if self.options else {})
 
     @staticmethod
     def of(content: Mapping[str, Any]) -> Request:
         """Inverse of ``content``. Raises KeyError or TypeError for anything else."""
-        return Request(content["kind"], tuple(content["target"]), content["action"], content["now"])
+        asked = content["kind"], tuple(content["target"]), content["action"], content["now"]
+        return Request(*asked, content.get("options", {}))
 
     def __str__(self) -> str:
         shown = [name[:12] if self.kind in _HASHED else name for name in self.target[:5]]

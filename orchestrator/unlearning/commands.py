@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,8 @@ Authorised = Annotated[
     list[Path] | None,
     typer.Option(metavar="PLACE", help="public keys of who may ask: a .pub file or a folder of them; or $FEDLORA_KEYS"),
 ]
+Action = Annotated[str, typer.Option(metavar="NAME", help="what is done about it, see fedlora unlearn plan")]
+Options = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="an option of the action; repeatable")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 POLL_S = 0.5
 
@@ -49,31 +51,36 @@ def key(
 
 @app.command()
 def plan(run: RunFolder, client: Clients = None, records: Records = None, as_json: AsJson = False) -> None:
-    """What clients or records influenced, and what taking them out costs. Changes nothing."""
+    """What clients or records influenced, which actions could take them out, and what these cost. Changes nothing."""
+    from fedlora.plugins import load_plugins
+    from orchestrator.stores.files import read_config
+    from orchestrator.unlearning.execute import estimates
     from orchestrator.unlearning.lineage import lineage
-    from orchestrator.unlearning.rollback import plan_rollback
+    from orchestrator.unlearning.rollback import plan_for
 
     request = _request(run, client, records)
-    names = request.target if request.kind == "client" else ()
-    found = plan_rollback(run, names, request.target if request.kind == "records" else ())
+    load_plugins(read_config(run).plugins)
+    found = plan_for(run, request)
+    possible = estimates(run, request, found)
     if as_json:
-        typer.echo(json.dumps({"action": "rollback", **asdict(found), "replayed": found.replayed, "cost": found.cost}))
+        told = {"plan": asdict(found), "replayed": found.replayed, "actions": [asdict(one) for one in possible]}
+        typer.echo(json.dumps(told))
         return
-    for name in names:
+    for name in request.target if request.kind == "client" else ():
         for line in lineage(run, client=name):
             typer.echo(line)
-    begin = "from the start" if found.start is None else f"from the checkpoint of round {found.start}"
     for owner in found.owners:
         typer.echo(f"client {owner} has rows of these names")
     if found.first is None:
-        typer.echo("rollback: no round used it, nothing has to be played again")
+        typer.echo("no round used it")
     else:
-        typer.echo(
-            f"rollback: first used in round {found.first}; {found.replayed} of {found.rounds} rounds are played again,"
-            f" {begin} ({100 * found.cost:.0f} % of retraining)"
-        )
-    typer.echo(f"level: {found.level}" + "".join(f"\n  not E1: {doubt}" for doubt in found.doubts))
-    typer.echo("until it is done the run stays as it is; --now puts its last adapter without the client in use first")
+        begin = "the start" if found.start is None else f"the checkpoint of round {found.start}"
+        typer.echo(f"first used in round {found.first} of {found.rounds}; a rollback begins from {begin}")
+    typer.echo("".join(f"not E1: {doubt}\n" for doubt in found.doubts), nl=False)
+    typer.echo("action         level  cost, as a share of the rounds of retraining")
+    for one in possible:
+        typer.echo(f"{one.action:<14} {one.level:<6} " + (one.reason or f"{100 * (one.cost or 0):.0f} %"))
+    typer.echo("until it is done the run stays as it is; --now puts its last adapter without the target in use first")
 
 
 @app.command("run")
@@ -82,7 +89,8 @@ def run_request(
     key: Annotated[Path, typer.Option(metavar="FILE", help="private key that signs the request and its certificate")],
     client: Clients = None,
     records: Records = None,
-    action: Annotated[str, typer.Option(help="rollback")] = "rollback",
+    action: Action = "rollback",
+    option: Options = None,
     now: Annotated[bool, typer.Option("--now", help="contain first, erase after")] = False,
     authorised: Authorised = None,
     patience: Annotated[float, typer.Option(min=0, help="seconds to wait for a run that is being played")] = 3600.0,
@@ -95,7 +103,7 @@ def run_request(
     from orchestrator.unlearning.execute import carry_out
     from orchestrator.unlearning.requests import identity, receive
 
-    request = _request(run, client, records, action, now)
+    request = _request(run, client, records, action, now, _options(option))
     signer, keys = load_key(key), _keys(authorised)
     standing = receive(run, sign_request(request, identity(run), signer), keys)
     if standing.reason:
@@ -173,7 +181,12 @@ def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as
 
 
 def _request(
-    run: Path, clients: list[str] | None, records: Path | None, action: str = "rollback", now: bool = False
+    run: Path,
+    clients: list[str] | None,
+    records: Path | None,
+    action: str = "rollback",
+    now: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Request:
     """What the options ask for. Whether the run has it is for the request log to say."""
     from fedlora.unlearning.request import Request, hashed
@@ -183,7 +196,7 @@ def _request(
     if bool(clients) == bool(records):
         raise ConfigError("unlearn: name what to take out, either --client c7 or --records names.txt")
     if clients:
-        return Request("client", tuple(clients), action, now)
+        return Request("client", tuple(clients), action, now, options or {})
     assert records is not None
     try:
         names = [line for line in records.read_text(encoding="utf-8").splitlines() if line]
@@ -191,7 +204,23 @@ def _request(
         raise ConfigError(f"unlearn: {records} cannot be read: {error}") from error
     if not names:
         raise ConfigError(f"unlearn: {records} names no record; one name a line")
-    return Request("records", hashed(names), action, now)
+    return Request("records", hashed(names), action, now, options or {})
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    """Options of an action; values are read as YAML."""
+    import yaml
+
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ConfigError(f"--option {pair}: expected KEY=VALUE, such as steps=20")
+    return found
 
 
 def _keys(places: list[Path] | None) -> Keys:

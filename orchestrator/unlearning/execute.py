@@ -5,74 +5,58 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlora.aggregation import compose
-from fedlora.errors import ConfigError, RoundError, UnlearningError
+from fedlora.errors import ConfigError, RoundError, UnlearningError, VerificationError
+from fedlora.plugins import load_plugins
+from fedlora.unlearning.levels import LEVELS
+from fedlora.unlearning.request import Request
 from fedlora.unlearning.standing import Standing
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
-from orchestrator.results import export_adapter
-from orchestrator.state import RunState
-from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, read_lines, write_json
+from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
+from orchestrator.unlearning import exact  # noqa: F401 - registers its actions
+from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
+from orchestrator.unlearning.job import Job, Listener, is_finished, put_in_use
 from orchestrator.unlearning.publish import publish
-from orchestrator.unlearning.requests import FOLDER, advance, find_request, pending, refuse
-from orchestrator.unlearning.rollback import (
-    COMPARED,
-    Rollback,
-    knows,
-    plan_rollback,
-    prepare,
-    replay,
-    rounds_played,
-    sessions,
-    threads,
-)
-
-Listener = Callable[[str, Mapping[str, Any]], None]
-WEIGHTS = "adapter_model.safetensors"
-_KEYS = {"client": "clients", "records": "records"}  # of a plan
+from orchestrator.unlearning.requests import FOLDER, find_request, pending, refuse
+from orchestrator.unlearning.rollback import Rollback, plan_for
 
 
 @dataclass(frozen=True)
-class Job:
-    """One request being carried out by whoever holds the lease of its run."""
+class Estimate:
+    """What an action would reach and cost; ``reason`` says why it cannot be done, and is empty where it can."""
 
-    folder: Path
-    request: str
-    lease: Lease
-    listen: Listener
+    action: str
+    level: str
+    cost: float | None
+    reason: str = ""
 
-    @property
-    def space(self) -> Path:
-        """What the request needs on the disk until it is certified."""
-        return self.folder / FOLDER / self.request
 
-    @property
-    def work(self) -> Path:
-        """Where the run without the target is made."""
-        return self.space / "replay"
-
-    def note(self, phase: str, facts: Mapping[str, Any]) -> Standing:
-        """The request has reached its next phase."""
-        self.lease.check()
-        return advance(self.folder, self.request, phase, facts)
-
-    def plan(self) -> Rollback:
-        """What was planned."""
-        noted = find_request(self.folder, self.request).facts["planned"]
-        lists = {key: tuple(noted["plan"][key]) for key in ("clients", "records", "owners", "doubts")}
-        return Rollback(**{**noted["plan"], **lists})
+def estimates(folder: Path, request: Request, plan: Rollback) -> list[Estimate]:
+    """Every action that takes out such a target, the strongest level first. Changes nothing."""
+    found = []
+    for name in ACTIONS:
+        if request.kind not in getattr(ACTIONS[name], "kinds", ()):
+            continue
+        try:
+            action = ACTIONS.create(name)
+            action.check(folder, plan)
+            level = plan.level if action.planned_level == "E1" else action.planned_level
+            found.append(Estimate(name, level, action.cost(folder, plan)))
+        except (ConfigError, UnlearningError) as error:
+            found.append(Estimate(name, "", None, str(error)))
+    levels = list(LEVELS)
+    return sorted(found, key=lambda one: (bool(one.reason), levels.index(one.level or "S"), one.cost or 0.0))
 
 
 def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, listen: Listener) -> Standing:
@@ -104,27 +88,25 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
 
 
 def _plan(job: Job) -> Standing:
-    asked = find_request(job.folder, job.request).request
-    if asked.kind not in _KEYS or asked.action not in ("", "rollback"):
-        what = f"action {asked.action}" if asked.kind in _KEYS else f"a {asked.kind}"
-        reason = f"{what} cannot be carried out; clients and records can be rolled back"
-        refuse(job.folder, job.request, reason)
-        raise UnlearningError(f"{job.request}: {reason}")
+    asked = job.standing.request
+    config = read_config(job.folder)
+    load_plugins(config.plugins)
     try:
-        plan = plan_rollback(job.folder, **{_KEYS[asked.kind]: asked.target})
-        config = read_config(job.folder)
+        action = action_of(asked)
+        plan = plan_for(job.folder, asked)
         if needed := sorted(set(compose(config.strategy).required) & set(plan.clients)):
             raise UnlearningError(f"{config.strategy_name} cannot do without {needed[0]}, which it trusts")
-    except UnlearningError as error:
+        action.check(job.folder, plan)
+    except (ConfigError, UnlearningError) as error:
         refuse(job.folder, job.request, str(error))
-        raise
+        raise UnlearningError(f"{job.request} is refused: {error}") from error
     write_json(job.space / "before.json", snapshot(job.folder))
-    return job.note("planned", {"action": "rollback", "plan": asdict(plan)})
+    return job.note("planned", {"action": action.name, "plan": asdict(plan)})
 
 
 def _contain(job: Job) -> Standing:
     """With ``now``, the adapter in use gives way to the last one without the target before anything is played."""
-    if not find_request(job.folder, job.request).request.now:
+    if not job.standing.request.now:
         return job.note("contained", {"adapter": "as it was; containment was not asked for"})
     plan, adapter = job.plan(), job.folder / "adapter"
     if plan.first is None or not adapter.exists():
@@ -133,41 +115,17 @@ def _contain(job: Job) -> Standing:
     if plan.start is None:
         return job.note("contained", {"adapter": "removed: there is none from before the target took part"})
     state = next(load(path) for path in checkpoints(job.folder) if path.name == f"round-{plan.start:04d}")
-    weights = _export(job.folder, state)
+    weights = put_in_use(job.folder, state)
     return job.note("contained", {"adapter": f"as after round {plan.start}", "sha256": file_sha256(weights)})
 
 
 def _execute(job: Job) -> Standing:
-    plan = job.plan()
-    facts: dict[str, Any] = {"level": plan.level, "rounds_played": 0}
-    if is_finished(job.folder) or (job.work / "summary.json").exists():
-        try:
-            # where nothing is to be replayed the configuration has to say all the same that nobody comes back
-            summary = replay(job.folder, plan, job.work, job.listen)
-        except (ConfigError, RoundError) as error:
-            withdraw(job.folder, job.request, f"the run cannot be played without: {error}")
-            raise UnlearningError(f"{job.request} is refused: the run cannot be played without: {error}") from error
-        doubts = _doubts_of(job)
-        facts |= {"rounds_played": plan.replayed, "adapter_sha256": summary["adapter_sha256"], "doubts": doubts}
-        facts["level"] = "E2" if doubts else plan.level
-    else:
-        prepare(job.folder, plan, job.work)  # the run goes on from there by itself
-        facts["goes_on_from"] = plan.start or 0
+    try:
+        facts = action_of(job.standing.request).make(job, job.plan())
+    except (ConfigError, RoundError) as error:
+        withdraw(job.folder, job.request, f"the run cannot be played without: {error}")
+        raise UnlearningError(f"{job.request} is refused: the run cannot be played without: {error}") from error
     return job.note("executed", facts)
-
-
-def _doubts_of(job: Job) -> list[str]:
-    """Why a replay that has been played may differ in bytes from a run that never had the target."""
-    doubts = []
-    before, after = sessions(job.folder)[-1:], sessions(job.work)
-    if any(line[key] != before[0][key] for line in after for key in COMPARED):
-        doubts.append("the replay was played with other versions, or on another machine")
-    if threads(job.work) - threads(job.folder):
-        doubts.append("workers of the replay had another number of threads")
-    lost = [row["round"] for row in read_lines(job.work / "metrics.jsonl") if row["failed"] or row["late"]]
-    if lost and read_config(job.folder).fleet is None:
-        doubts.append(f"clients failed or were late in round {lost[0]} of the replay")
-    return doubts
 
 
 def withdraw(folder: Path, request: str, reason: str) -> Standing:
@@ -181,35 +139,17 @@ def withdraw(folder: Path, request: str, reason: str) -> Standing:
         raise UnlearningError(f"{request} is {standing.phase}, which cannot be taken back")
     state, _ = load_latest(folder)
     if "contained" in standing.facts and standing.request.now and state is not None and is_finished(folder):
-        _export(folder, state)
+        put_in_use(folder, state)
     shutil.rmtree(folder / FOLDER / request, ignore_errors=True)
     return refuse(folder, request, reason)
 
 
-def _export(folder: Path, state: RunState) -> Path:
-    """Put the adapter of a state in use."""
-    task = "sequence-classification" if read_json(folder / "labels.json") else "causal-lm"
-    return export_adapter(state, read_config(folder), task, folder / "adapter")
-
-
 def _verify(job: Job) -> Standing:
-    """That what was made holds no round with the target, and is what was noted."""
-    plan, executed = job.plan(), find_request(job.folder, job.request).facts["executed"]
-    state, _ = load_latest(job.work)
-    rows = rounds_played(job.work, state) if state else []
-    config = read_config(job.work)
-    asked = [row["round"] for row in rows if set(row["selected"]) & set(plan.clients)]
-    excluded = set(plan.clients) <= set(config.clients.exclude) and set(plan.records) <= set(config.data.forget)
-    weights = job.work / "adapter" / WEIGHTS
-    sha256 = file_sha256(weights) if weights.exists() else None
-    if asked or (state and knows(state, plan.clients)) or not excluded or sha256 != executed.get("adapter_sha256"):
-        raise UnlearningError(
-            f"{job.request}: {job.work} is not the replay that was noted (its target is asked in rounds {asked},"
-            f" adapter {sha256}); delete it and run the request again"
-        )
-    verdict = {"by": "replay", "rounds": len(rows), "rounds_with_target": 0, "adapter_sha256": sha256}
-    if plan.records:
-        verdict["records_left_out"] = len(plan.records)
+    try:
+        verdict = action_of(job.standing.request).verify(job, job.plan())
+    except VerificationError as error:
+        withdraw(job.folder, job.request, f"verification: {error}")
+        raise UnlearningError(f"{job.request} is refused, and the run is as it was: {error}") from error
     return job.note("verified", verdict)
 
 
@@ -256,10 +196,3 @@ def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
     )
     write_certificate(job.folder, job.request, outcome, key)
     shutil.rmtree(job.space)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run has played all its rounds."""
-    state, _ = load_latest(folder)
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    return state is not None and summary.get("status") == "finished"

@@ -22,6 +22,7 @@ from fedlora.continual.stream import open_stream
 from fedlora.data.partition import Corpus
 from fedlora.errors import CheckpointError, UnlearningError, nearest
 from fedlora.plugins import load_plugins
+from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.state import RunState
@@ -66,6 +67,15 @@ class Rollback:
     def cost(self) -> float:
         """Rounds to play again, as a share of all."""
         return self.replayed / max(self.rounds, 1)
+
+
+def plan_for(folder: Path, request: Request) -> Rollback:
+    """``plan_rollback`` of what a request names."""
+    if request.kind == "client":
+        return plan_rollback(folder, clients=request.target)
+    if request.kind == "records":
+        return plan_rollback(folder, records=request.target)
+    raise UnlearningError(f"a {request.kind} cannot be taken out yet; clients and records can")
 
 
 def plan_rollback(folder: Path, clients: Collection[str] = (), records: Collection[str] = ()) -> Rollback:
@@ -139,19 +149,35 @@ def without(config: RunConfig, clients: Collection[str] = (), records: Collectio
 
 def prepare(folder: Path, plan: Rollback, work: Path) -> None:
     """The folder of the run without the clients, as it stood after round ``plan.start``; whole, or not at all."""
+    config = without(read_config(folder), plan.clients, plan.records)
+    build(folder, plan, work, config, clean_states(folder, plan.start))
+
+
+def clean_states(folder: Path, last: int | None) -> list[RunState]:
+    """The states that checkpoints hold up to round ``last``, oldest first; older ones are as clean as the last, and a
+    later request may need one."""
+    return _up_to(folder, last) if last is not None else []
+
+
+def build(folder: Path, plan: Rollback, work: Path, config: RunConfig, states: Sequence[RunState]) -> None:
+    """A folder in which ``launch.resume`` goes on from the last of these states; whole, or not at all.
+
+    Args:
+        work: left alone where it is there already.
+        config: of the run without the target.
+        states: oldest first; their private state comes from the run.
+    """
     if work.exists():
         return
-    config = without(read_config(folder), plan.clients, plan.records)
     scratch = work.with_name(f".{work.name}")
     if scratch.exists():
         shutil.rmtree(scratch)
     write_atomic(scratch / "config.yaml", config.model_copy(update={"output_dir": str(work)}).to_yaml())
-    if plan.start is not None:
-        # older ones too: they are as clean, and a later request may need one
-        for state in _up_to(folder, plan.start):
-            commit(scratch, _forgetting(state, config, plan.clients), config.keep_checkpoints)
-            PrivateState(folder / "private", config.keep_checkpoints).copy(scratch / "private", state.accepted)
-        before = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] <= plan.start]
+    for state in states:
+        commit(scratch, _forgetting(state, config, plan.clients), config.keep_checkpoints)
+        PrivateState(folder / "private", config.keep_checkpoints).copy(scratch / "private", state.accepted)
+    if states:
+        before = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] <= states[-1].round]
         write_atomic(scratch / "metrics.jsonl", _lines(before))
     scratch.rename(work)
 

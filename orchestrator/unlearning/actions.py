@@ -1,0 +1,87 @@
+"""What can be done about a request. An action makes, beside the run, the run folder that takes its place.
+
+@ACTIONS.register("mine")
+class Mine(UnlearningAction):
+    kinds = frozenset({"client"})
+    ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedlora.errors import UnlearningError
+from fedlora.registry import Registry
+from fedlora.unlearning.request import Request
+from orchestrator.unlearning.job import Job
+from orchestrator.unlearning.rollback import Rollback
+
+Facts = Mapping[str, Any]
+
+
+class UnlearningAction(ABC):
+    """One way to take a target out. Options of a request are arguments of its constructor.
+
+    Each method may be called again after a crash in its middle, and then ends the same. Nothing outside ``job.space``
+    is changed: what was made is published once it is verified.
+    """
+
+    name: str
+    kinds: ClassVar[frozenset[str]]  # of targets, see ``request.KINDS``
+    planned_level = "A"  # at most; what was reached is said by ``make``
+
+    def check(self, folder: Path, plan: Rollback) -> None:  # noqa: B027 - most have nothing to look at
+        """Look whether it can be done to this run.
+
+        Raises:
+            UnlearningError: why it cannot; the request is refused with these words.
+        """
+
+    @abstractmethod
+    def cost(self, folder: Path, plan: Rollback) -> float:
+        """Rounds it plays, as a share of those that a run without the target plays."""
+
+    @abstractmethod
+    def make(self, job: Job, plan: Rollback) -> Facts:
+        """Make ``job.work``: a run folder without the target, whole.
+
+        Returns:
+            Plain JSON data for the request log: ``level`` that was reached, ``adapter_sha256``, ``rounds_played`` and
+            whatever ``verify`` needs.
+
+        Raises:
+            ConfigError, RoundError: a run without the target cannot be played; the request is refused.
+            FedLoRAError: otherwise; the request stays where it is, and the same command goes on.
+        """
+
+    @abstractmethod
+    def verify(self, job: Job, plan: Rollback) -> Facts:
+        """Look at what was made before it is published.
+
+        Returns:
+            The verdict as it goes into the certificate, plain JSON data.
+
+        Raises:
+            UnlearningError: it is not what was noted, or shows the target.
+        """
+
+
+ACTIONS: Registry[UnlearningAction] = Registry("unlearning action")
+
+
+def action_of(request: Request) -> UnlearningAction:
+    """The action a request asks for.
+
+    Raises:
+        ConfigError: for an unknown action, or options it does not take.
+        UnlearningError: if it is none for such a target.
+    """
+    action = ACTIONS.create(request.action or "rollback", **request.options)
+    if request.kind not in action.kinds:
+        fitting = [name for name in ACTIONS if request.kind in getattr(ACTIONS[name], "kinds", ())]
+        instead = f"; {request.kind} can be taken out by {', '.join(fitting)}" if fitting else ""
+        raise UnlearningError(f"{action.name} does not take out a {request.kind}{instead}")
+    return action

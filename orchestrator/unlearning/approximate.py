@@ -1,0 +1,78 @@
+"""Approximate actions: the finished run goes on from a changed state; a gate looks for what is left of the target."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, UnlearningError
+from orchestrator.state import RunState
+from orchestrator.stores.files import read_config
+from orchestrator.unlearning.actions import Facts, UnlearningAction
+from orchestrator.unlearning.amend import last_state, longer, play_on
+from orchestrator.unlearning.job import Job
+from orchestrator.unlearning.rollback import Rollback
+
+
+class Approximate(UnlearningAction):
+    """A changed state, rounds without the target that mend what the change broke, and the gate.
+
+    Args:
+        repair_rounds: ordinary rounds of the run without the target, at least 1.
+        gate: whether two controls are trained and the gate decides. Without it the level is S: nothing is known of
+            what is left.
+    """
+
+    kinds = frozenset({"client"})
+
+    def __init__(self, repair_rounds: int = 2, gate: bool = True):
+        if isinstance(repair_rounds, int) and repair_rounds < 1:
+            raise ConfigError(f"unlearning action: repair_rounds must be at least 1, not {repair_rounds}")
+        self.repair_rounds, self.gate = repair_rounds, gate
+
+    @property
+    def planned_level(self) -> str:  # type: ignore[override]
+        """What it reaches if the gate lets it pass."""
+        return "A" if self.gate else "S"
+
+    def check(self, folder: Path, plan: Rollback) -> None:
+        if read_config(folder).continual:
+            raise UnlearningError(f"{self.name} does not know streams of tasks; use rollback")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that follow the changed state."""
+        return self.repair_rounds
+
+    def cost(self, folder: Path, plan: Rollback) -> float:
+        """Of the action itself; the gate trains two controls beside it."""
+        return self.rounds / max(plan.rounds, 1)
+
+    def make(self, job: Job, plan: Rollback) -> Facts:
+        config, state = self.change(job, plan, last_state(job))
+        summary = play_on(job, plan, config, state)
+        told = {"level": self.planned_level, "rounds_played": self.rounds}
+        return told | {"adapter_sha256": summary["adapter_sha256"]}
+
+    @abstractmethod
+    def change(self, job: Job, plan: Rollback, state: RunState) -> tuple[RunConfig, RunState]:
+        """The configuration that the run goes on with, see ``longer``, and the state it goes on from. Deterministic:
+        asked again after a crash it gives the same."""
+
+    def config(self, job: Job, plan: Rollback, **changes: Any) -> RunConfig:
+        """Of the run without the target, ``rounds`` longer."""
+        return longer(read_config(job.folder), plan, self.rounds, **changes)
+
+    def verify(self, job: Job, plan: Rollback) -> Facts:
+        """What the gate says of it.
+
+        Raises:
+            VerificationError: the gate rejects it; names the checks.
+        """
+        if job.made() != job.standing.facts["executed"]["adapter_sha256"]:
+            raise UnlearningError(
+                f"{job.request}: {job.work} is not what was noted; delete it and run the request again"
+            )
+        return {"by": "nothing", "level": "S"}

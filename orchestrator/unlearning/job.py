@@ -1,0 +1,74 @@
+"""One request while it is carried out: where it works, what was planned, and what it may do to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.unlearning.standing import Standing
+from orchestrator.checkpoint import load_latest
+from orchestrator.lease import Lease
+from orchestrator.results import export_adapter
+from orchestrator.state import RunState
+from orchestrator.stores.files import file_sha256, read_config, read_json
+from orchestrator.unlearning.requests import FOLDER, advance, find_request
+from orchestrator.unlearning.rollback import Rollback
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request being carried out by whoever holds the lease of its run."""
+
+    folder: Path
+    request: str
+    lease: Lease
+    listen: Listener
+
+    @property
+    def standing(self) -> Standing:
+        """How far it has come."""
+        return find_request(self.folder, self.request)
+
+    @property
+    def space(self) -> Path:
+        """What the request needs on the disk until it is certified."""
+        return self.folder / FOLDER / self.request
+
+    @property
+    def work(self) -> Path:
+        """Where the run without the target is made."""
+        return self.space / "replay"
+
+    def note(self, phase: str, facts: Mapping[str, Any]) -> Standing:
+        """The request has reached its next phase."""
+        self.lease.check()
+        return advance(self.folder, self.request, phase, facts)
+
+    def plan(self) -> Rollback:
+        """What was planned."""
+        noted = self.standing.facts["planned"]
+        lists = {key: tuple(noted["plan"][key]) for key in ("clients", "records", "owners", "doubts")}
+        return Rollback(**{**noted["plan"], **lists})
+
+    def made(self) -> str | None:
+        """SHA-256 of the adapter that was made; None where the run has none yet."""
+        weights = self.work / "adapter" / WEIGHTS
+        return file_sha256(weights) if weights.exists() else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has played all its rounds."""
+    state, _ = load_latest(folder)
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    return state is not None and summary.get("status") == "finished"
+
+
+def put_in_use(folder: Path, state: RunState) -> Path:
+    """Export the adapter of a state as that of the run; returns the file of its weights."""
+    task = "sequence-classification" if read_json(folder / "labels.json") else "causal-lm"
+    return export_adapter(state, read_config(folder), task, folder / "adapter")
