@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter.initial import initial_adapter
 from fedlora.adapter.rank import revive
@@ -22,6 +22,9 @@ from orchestrator.fleet import Fleet
 from orchestrator.flights import Flight
 from orchestrator.selection import Selector
 from orchestrator.state import RunState
+
+if TYPE_CHECKING:
+    from orchestrator.inbox import Used
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 
@@ -52,6 +55,7 @@ class Federation:
         prototypes: rows find the adapter they are scored with by features; else by the task they belong to.
         init: how a fresh A is drawn.
         probe: task of the model where its general ability is scored too; empty where it is not.
+        keep: called with what every round's aggregation was given, before the round is committed; None without a log.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -84,6 +88,7 @@ class Federation:
     prototypes: bool = False
     init: str = "kaiming"
     probe: str = ""
+    keep: Callable[[RoundContext, RunState, Sequence[Used]], None] | None = None
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property

@@ -53,8 +53,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:
         emit("attackers", {"attack": assault.name, "clients": list(assault.group)})
-    init = "kaiming" if config.lora.init_lora_weights is True else str(config.lora.init_lora_weights)
-    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, init)
+    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, config.lora.init)
     for stats in pool.stats():
         emit("worker_ready", asdict(stats))
     fed = Federation(
@@ -85,7 +84,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         merging=merging,
         isolated=bool(config.continual and config.continual.isolated),
         prototypes=bool(config.continual and config.continual.routing == "prototype"),
-        init=init,
+        init=config.lora.init,
         probe=base.task if config.evaluation.probe else "",
     )
     if fed.fleet:

@@ -49,6 +49,8 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     aggregate, problem = _aggregate(fed, used, ctx, state, outbox.left_out)
     if problem:
         used = []
+    if fed.keep:
+        fed.keep(ctx, state, used)
     empty = _empty_rounds(state, used, inbox, problem)
     if empty == MAX_EMPTY_ROUNDS:
         lost = [f"{client}: {reason}" for client, reason in {**inbox.failed, **inbox.refused, **inbox.late}.items()]
@@ -130,11 +132,16 @@ def _aggregate(
         aggregate = combine(fed.strategy, Cohort([u.update for u in used]), ctx, state.strategy)
     except QuorumError as error:
         return unchanged, str(error)
-    factors = [*aggregate.adapter.tensors().values()]
-    factors += [tensor for update in aggregate.patch.values() for tensor in (update.B, update.A)]
-    if not all(torch.isfinite(tensor).all() for tensor in factors):
+    if not is_finite(aggregate):
         return unchanged, f"{fed.strategy.name} made values that are not finite out of finite updates"
     return aggregate, None
+
+
+def is_finite(aggregate: Aggregate) -> bool:
+    """Whether a model can go on with this."""
+    factors = [*aggregate.adapter.tensors().values()]
+    factors += [tensor for update in aggregate.patch.values() for tensor in (update.B, update.A)]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in factors)
 
 
 def _empty_rounds(state: RunState, used: Sequence[Used], inbox: Inbox, problem: str | None) -> int:

@@ -9,6 +9,7 @@ from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
     AttackConfig,
     ClientsConfig,
+    ContributionsConfig,
     DataConfig,
     Distribution,
     FleetConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "AttackConfig",
     "ClientsConfig",
     "ContinualConfig",
+    "ContributionsConfig",
     "DataConfig",
     "Distribution",
     "FleetConfig",

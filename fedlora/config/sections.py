@@ -161,6 +161,11 @@ class LoraConfig(Section):
             raise ValueError("init_lora_weights: false is PEFT's debugging mode; use true, gaussian or orthogonal")
         return self
 
+    @property
+    def init(self) -> str:
+        """How a fresh A is drawn."""
+        return "kaiming" if self.init_lora_weights is True else str(self.init_lora_weights)
+
 
 class TrainingConfig(Section):
     """Local training, under the Trainer's names."""
@@ -309,6 +314,16 @@ class StoreConfig(Section):
         None, description="redis://host:port/0 for the run's lease, events and client registry; default: $FEDLORA_REDIS"
     )
     lease_s: float = Field(10.0, ge=1, description="a silent orchestrator's run may be taken over after this time")
+
+
+class ContributionsConfig(Section):
+    """The contribution log: what every aggregation was given, kept so that it can be done again without somebody."""
+
+    keep_rounds: int | None = Field(None, ge=1, description="only the last so many rounds stay; default all")
+    every: int = Field(1, ge=1, description="log every so many rounds only")
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="of the clients' changes; float16 takes half the place and rounds them"
+    )
 
 
 class RayConfig(Section):

@@ -54,16 +54,21 @@ def plan(run: RunFolder, client: Clients = None, records: Records = None, as_jso
     """What clients or records influenced, which actions could take them out, and what these cost. Changes nothing."""
     from fedlora.plugins import load_plugins
     from orchestrator.stores.files import read_config
+    from orchestrator.units import human_bytes
+    from orchestrator.unlearning.again import log_size
     from orchestrator.unlearning.execute import estimates
     from orchestrator.unlearning.lineage import lineage
     from orchestrator.unlearning.rollback import plan_for
+    from orchestrator.unlearning.traces import rounds_in_words
 
     request = _request(run, client, records)
     load_plugins(read_config(run).plugins)
     found = plan_for(run, request)
     possible = estimates(run, request, found)
+    kept = log_size(run)
     if as_json:
         told = {"plan": asdict(found), "replayed": found.replayed, "actions": [asdict(one) for one in possible]}
+        told["contributions"] = kept
         typer.echo(json.dumps(told))
         return
     for name in request.target if request.kind == "client" else ():
@@ -77,6 +82,9 @@ def plan(run: RunFolder, client: Clients = None, records: Records = None, as_jso
         begin = "the start" if found.start is None else f"the checkpoint of round {found.start}"
         typer.echo(f"first used in round {found.first} of {found.rounds}; a rollback begins from {begin}")
     typer.echo("".join(f"not E1: {doubt}\n" for doubt in found.doubts), nl=False)
+    size = human_bytes(kept["bytes"])
+    listed = rounds_in_words(kept["rounds"]) if kept["rounds"] else ""
+    typer.echo(f"contribution log: {listed}, {size}" if listed else f"no contribution log; it would take about {size}")
     typer.echo("action         level  cost, as a share of the rounds of retraining")
     for one in possible:
         typer.echo(f"{one.action:<14} {one.level:<6} " + (one.reason or f"{100 * (one.cost or 0):.0f} %"))

@@ -22,7 +22,7 @@ from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
-from orchestrator.unlearning import exact  # noqa: F401 - registers its actions
+from orchestrator.unlearning import exact, subtraction  # noqa: F401 - registers their actions
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
@@ -172,11 +172,11 @@ def _purge(job: Job) -> Standing:
 
 
 def _round_of(path: str) -> float:
-    """The round a file of a checkpoint or of private state belongs to; infinity for others.
+    """The round a file of a checkpoint, of private state or of the contribution log belongs to; infinity for others.
 
     What is older than the target's first round holds nothing of it, whether it is still there or not.
     """
-    found = re.search(r"^(?:checkpoints|private/[^/]+)/round-(\d+)", path)
+    found = re.search(r"^(?:checkpoints|contributions|private/[^/]+)/round-(\d+)", path)
     return int(found[1]) if found else math.inf
 
 

@@ -25,6 +25,7 @@ from fedlora.plugins import load_plugins
 from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
+from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
 
@@ -57,6 +58,11 @@ class Rollback:
     rounds: int
     level: str
     doubts: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> int:
+        """The last round that they had no part in, nor any before it."""
+        return self.rounds if self.first is None else self.first - 1
 
     @property
     def replayed(self) -> int:
@@ -179,6 +185,7 @@ def build(folder: Path, plan: Rollback, work: Path, config: RunConfig, states: S
     if states:
         before = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] <= states[-1].round]
         write_atomic(scratch / "metrics.jsonl", _lines(before))
+    copy_log(folder, scratch, plan.clean)
     scratch.rename(work)
 
 
