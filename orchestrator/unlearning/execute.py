@@ -22,7 +22,7 @@ from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
-from orchestrator.unlearning import exact  # noqa: F401 - registers its actions
+from orchestrator.unlearning import exact, forget_rounds  # noqa: F401 - these register their actions
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
