@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from fedlora.config.sections import Section
@@ -17,7 +19,7 @@ class ForgettingConfig(Section):
     first: int = Field(ge=1, description="the first of these rounds")
     last: int = Field(ge=1, description="the last of these rounds")
     loss: str = Field(description="npo, simnpo, gradient_difference, ascent, or a plug-in")
-    options: dict[str, float] = Field({}, description="numbers of the loss, such as {beta: 1}")
+    options: dict[str, Any] = Field({}, description="of the loss, such as {beta: 1}")
     steps: int = Field(ge=1, description="of each owner, in each of these rounds")
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     max_norm: float = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedlora.config import ForgettingConfig
 from fedlora.errors import ConfigError
@@ -32,7 +33,7 @@ class Recipe:
     learning_rate: float
     max_norm: float
     loss: str = "npo"
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     retain_weight: float = 1.0
     batch_size: int = 16
 

@@ -73,6 +73,7 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
     job = Job(folder, request, lease, listen)
     steps = {"received": _plan, "planned": _contain, "contained": _execute, "executed": _verify, "verified": _purge}
     standing = find_request(folder, request)
+    load_plugins(read_config(folder).plugins)  # an action or its loss may be one of a plug-in
     if before := [other for other in pending(folder) if other.number < standing.number]:
         raise UnlearningError(
             f"{request} waits for {before[0].id}, which asks to take out {before[0].request} and is {before[0].phase};"
@@ -90,7 +91,6 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
 def _plan(job: Job) -> Standing:
     asked = job.standing.request
     config = read_config(job.folder)
-    load_plugins(config.plugins)
     try:
         action = action_of(asked)
         plan = plan_for(job.folder, asked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +21,9 @@ from orchestrator.unlearning.approximate import Approximate
 from orchestrator.unlearning.job import Job
 from orchestrator.unlearning.rollback import Rollback
 
-SHARE = 0.1  # of the norm of the adapter, which a change is bounded by where nothing else is said
+SHARE = (
+    0.1  # of the norm of the adapter, which a change is bounded by where nothing else is said: see docs/unlearning.md
+)
 
 
 @ACTIONS.register("forget")
@@ -34,7 +35,7 @@ class Forget(Approximate):
         steps: of AdamW, of each owner in each forget round.
         learning_rate: default that of the run.
         max_norm: of an owner's change in a forget round, all trained tensors together, in effective units; default a
-            share of the norm of the adapter.
+            tenth of the norm of the adapter. Every round begins anew: its ball is around what it received.
         retain_weight: of the loss on the rows that an owner keeps.
         batch_size: rows of either kind per step; default that of the run.
         forget_rounds: how many.
@@ -115,29 +116,18 @@ class Forget(Approximate):
             first=state.round + 1,
             last=state.round + self.forget_rounds,
             loss=self.loss,
-            options={**self.usual(len(read_json(job.folder / "labels.json"))), **self.options},
+            options={**_usual(self.loss, len(read_json(job.folder / "labels.json"))), **self.options},
             **{**usual, **self.how},
         )
         config = self.config(job, plan).resolved()
         return parse_config({**config, "forgetting": [*config["forgetting"], asked.model_dump()]}), state
 
-    def usual(self, labels: int) -> Mapping[str, float]:
-        """Options of the loss where none are given.
-
-        Args:
-            labels: of a classifier; 0 for a language model.
-        """
-        return {}
-
 
 @ACTIONS.register("npo")
 class ByNPO(Forget):
-    """Forget rounds with ``npo``; ``beta`` is 1 for a classifier, whose rows are one label each, and 0.1 otherwise."""
+    """Forget rounds with ``npo``."""
 
     own_loss = "npo"
-
-    def usual(self, labels: int) -> Mapping[str, float]:
-        return {"beta": 1.0 if labels else 0.1}
 
 
 @ACTIONS.register("simnpo")
@@ -149,12 +139,9 @@ class BySimNPO(Forget):
 
 @ACTIONS.register("gradient_difference")
 class ByGradientDifference(Forget):
-    """Forget rounds with ``gradient_difference``; ``limit`` is the loss of a guess among a classifier's labels."""
+    """Forget rounds with ``gradient_difference``."""
 
     own_loss = "gradient_difference"
-
-    def usual(self, labels: int) -> Mapping[str, float]:
-        return {"limit": round(math.log(labels), 4)} if labels else {}
 
 
 @ACTIONS.register("ascent")
@@ -162,6 +149,19 @@ class ByAscent(Forget):
     """Forget rounds with ``ascent``, which only the bound ends: to compare with, since the gate should reject it."""
 
     own_loss = "ascent"
+
+
+def _usual(loss: str, labels: int) -> dict[str, float]:
+    """Options of a loss for rows of one label each, of so many: its own defaults are for answers of many tokens.
+
+    Args:
+        labels: of a classifier; 0 for a language model.
+    """
+    if labels and loss == "npo":
+        return {"beta": 1.0}  # at 0.1 a row is let go some ten nats down, where a label is known to be wrong
+    if labels and loss == "gradient_difference":
+        return {"limit": round(math.log(labels), 4)}  # a guess
+    return {}
 
 
 def _share_of(state: RunState) -> float:
