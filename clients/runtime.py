@@ -23,6 +23,7 @@ import fedlora.continual.orthogonal
 import fedlora.continual.prototypes
 import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
+from clients.forget import rows_to_forget
 from clients.live import open_live
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
@@ -34,7 +35,7 @@ from fedlora.adapter.rank import pad
 from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
 from fedlora.aggregation.combine import make_delta, part_of
-from fedlora.config import RunConfig, TrainingConfig
+from fedlora.config import ForgettingConfig, RunConfig, TrainingConfig
 from fedlora.continual.course import Course
 from fedlora.continual.replay import kept_rows, met_rows
 from fedlora.continual.stream import Task, labels_of, open_stream
@@ -50,6 +51,8 @@ from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, Base, check_length, load_base
+from fedlora.unlearning.forgetting import ForgetWork, unlearn
+from fedlora.unlearning.recipe import recipe_of
 
 LATE_S = 30.0  # how long a worker waits for rows that the server has seen
 
@@ -125,7 +128,12 @@ class ClientRuntime:
             Wire bytes of a ``ClientUpdate``.
         """
         assault = self._assault
-        learned = self._attack(assault, task) if assault and task.client in assault.group else self._learn(task)
+        if task.forget is not None:
+            learned = self._forget(task, self._config.forgetting[task.forget])
+        elif assault and task.client in assault.group:
+            learned = self._attack(assault, task)
+        else:
+            learned = self._learn(task)
         if _needs_private(task.plan):
             self._private.save(task.client, task.round, learned.private, task.accepted)
         told = (learned.delta, learned.rows, learned.metrics, learned.extras)
@@ -181,6 +189,27 @@ class ClientRuntime:
         delta = make_delta(start, trained, task.plan.send)
         private = private.updated(personal(trained, task.plan.keep), answer.kept)
         return Learned(delta, answer.extras, private, len(rows.examples), metrics)
+
+    def _forget(self, task: TrainTask, asked: ForgettingConfig) -> Learned:
+        """What a client comes to that makes rows unlikely, and keeps others; no change where it learned from none."""
+        received, extras = decode_parcel(task.adapter)
+        unanswered = {name: torch.zeros_like(tensor) for name, tensor in extras.items()}
+        places = rows_to_forget(self._config, self.corpus, asked, task.client)
+        gone, kept = (self._encode(self.corpus.train.select(rows).to_list(), task.client).examples for rows in places)
+        if not gone:
+            still = make_delta(received, received, task.plan.send)
+            return Learned(still, unanswered, Private(), 1, {"steps": 0, "tokens": 0, "rows": 0})
+        adapted = self._model()
+        model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
+        adapted.patch_base(task.ledger, received.frozen)
+        insert(model, name, received)
+        parameters = name_parameters(model, name, task.plan.train)
+        which = model, parameters, gone, kept, recipe_of(asked), task.seed
+        pad_token_id, scaling = adapted.base.tokenizer.pad_token_id, adapted.spec.scaling
+        found = unlearn(ForgetWork(*which, pad_token_id, scaling, methods=task.plan.methods, alone=True))
+        seen = {key: getattr(found.trained, key) for key in ("loss", "first_loss", "tokens", "rows")}
+        delta = make_delta(received, extract(model, name), task.plan.send)
+        return Learned(delta, unanswered, Private(), 1, seen | found.metrics())  # how many rows is its own business
 
     def _attack(self, assault: Assault, task: TrainTask) -> Learned:
         """What an attacker comes to."""

@@ -127,6 +127,7 @@ class TrainTask:
         stage: the task of the stream whose rows it trains on; None for all its rows.
         ended: the rounds with which tasks of the stream have ended so far, where a rule may end them early.
         seen: SHA-256 of the rows of a live stream up to this round; empty without one.
+        forget: the entry of the configuration's ``forgetting`` that is carried out in place of training; None for none.
     """
 
     round: int
@@ -140,6 +141,7 @@ class TrainTask:
     stage: int | None = None
     ended: tuple[int, ...] = ()
     seen: str = ""
+    forget: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

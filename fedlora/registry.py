@@ -3,6 +3,8 @@
 import inspect
 import math
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -96,7 +98,7 @@ def _check_types(what: str, factory: Callable[..., object], options: Mapping[str
     except (NameError, SyntaxError, TypeError, ValueError):  # a plug-in may annotate as it likes, and checks for itself
         return
     for option, value in options.items():
-        expected = parameters[option].annotation if option in parameters else None
+        expected = _one_of(parameters[option].annotation, value) if option in parameters else None
         is_bool = isinstance(value, bool)
         if expected is bool and not is_bool:
             raise ConfigError(f"{what}.{option} must be true or false, not {value!r}")
@@ -104,3 +106,11 @@ def _check_types(what: str, factory: Callable[..., object], options: Mapping[str
             raise ConfigError(f"{what}.{option} must be a whole number, not {value!r}")
         if expected is float and (is_bool or not isinstance(value, int | float) or not math.isfinite(value)):
             raise ConfigError(f"{what}.{option} must be a number, not {value!r}")
+
+
+def _one_of(annotation: Any, value: object) -> Any:
+    """The type that a value has to have where a factory says ``float | None``; None for a value of None."""
+    if typing.get_origin(annotation) is not types.UnionType:
+        return annotation
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+    return kinds[0] if len(kinds) == 1 and value is not None else None

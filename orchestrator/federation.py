@@ -11,7 +11,7 @@ from fedlora.adapter.initial import initial_adapter
 from fedlora.adapter.rank import revive
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import RoundContext, Strategy
-from fedlora.config import ScheduleConfig, TrainingConfig
+from fedlora.config import ForgettingConfig, ScheduleConfig, TrainingConfig
 from fedlora.continual.course import Course
 from fedlora.continual.merging import Merging
 from fedlora.continual.plateau import Policy
@@ -56,6 +56,7 @@ class Federation:
         init: how a fresh A is drawn.
         probe: task of the model where its general ability is scored too; empty where it is not.
         keep: called with what every round's aggregation was given, before the round is committed; None without a log.
+        forgetting: rounds in which owners of rows forget them, and nobody learns.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -89,6 +90,7 @@ class Federation:
     init: str = "kaiming"
     probe: str = ""
     keep: Callable[[RoundContext, RunState, Sequence[Used]], None] | None = None
+    forgetting: Sequence[ForgettingConfig] = ()
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
@@ -147,8 +149,24 @@ class Federation:
         """Those of ``with_rows`` that are not excluded."""
         return [member for member in self.with_rows(number) if member.id not in self.excluded]
 
+    def forgets(self, number: int) -> int | None:
+        """The entry of ``forgetting`` that a round belongs to; None for an ordinary round."""
+        return next((place for place, one in enumerate(self.forgetting) if number in one.rounds), None)
+
+    def owners(self, number: int) -> Sequence[ClientInfo]:
+        """Who forgets in a round, in member order."""
+        place = self.forgets(number)
+        named = set() if place is None else set(self.forgetting[place].clients)
+        return [self.present(member, number) for member in self.members if member.id in named]
+
     def present(self, member: ClientInfo, number: int) -> ClientInfo:
-        """A member with the rows that it trains on in a round."""
+        """A member as a round finds it, with the rows that it trains on.
+
+        Whoever forgets does so at the rank of the global adapter: at a lower one it would not receive all of it, and
+        where its answer is the only one, the rest would be gone. How many rows it forgets is not the server's to know.
+        """
+        if self.forgets(number) is not None:
+            return replace(member, rank=self.rank, num_examples=1)
         if self.live:
             return replace(member, num_examples=self.live.counts(number).get(member.id, 0))
         return member.at(self.stage(member.id, number))

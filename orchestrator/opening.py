@@ -21,6 +21,7 @@ from fedlora.errors import ConfigError, RunFolderError, nearest
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
+from orchestrator.forgetting import check_forgetting
 from orchestrator.progress import Progress
 from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
@@ -46,6 +47,8 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     check_strategy(strategy, config, [member.id for member in members], base.merges)
     check_stream(strategy, members)
     check_head(strategy, base.dense)
+    if config.forgetting:
+        check_forgetting(strategy, config, [member.id for member in members])
     check_rank(base.sites, rank)
     merging = build_merging(config.continual.merge) if config.continual else None
     if merging:
@@ -86,6 +89,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         prototypes=bool(config.continual and config.continual.routing == "prototype"),
         init=config.lora.init,
         probe=base.task if config.evaluation.probe else "",
+        forgetting=config.forgetting,
     )
     if fed.fleet:
         emit("fleet", fed.fleet.describe())

@@ -84,7 +84,8 @@ class Outbox:
             payload, patches = self._payloads[flight.received], self._patches[: flight.patches]
             which = flight.round, flight.client, flight.plan, payload, flight.received, flight.seed
             seen = self._fed.live.sha256(flight.round) if self._fed.live else ""
-            task = TrainTask(*which, patches, flight.accepted, flight.stage, self._fed.ended, seen)
+            forget = self._fed.forgets(flight.round)
+            task = TrainTask(*which, patches, flight.accepted, flight.stage, self._fed.ended, seen, forget)
             member = self._fed.members[self._fed.places[flight.client]]
             client = _at_rank(self._fed.present(member, flight.round), flight.plan.rank)
             form = self._form(flight.received, flight.plan.send)
@@ -110,8 +111,8 @@ class Outbox:
         accepted = state.accepted.get(client.id, 0)
         stage = fed.stage(client.id, ctx.round)
         flight = Flight(ctx.round, client.id, plan, received, seed, len(self._patches), accepted, now_s, stage=stage)
-        if fed.fleet is None or fed.fleet.drops_out(client.id, ctx.round):
-            return flight
+        if fed.fleet is None or fed.forgets(ctx.round) is not None or fed.fleet.drops_out(client.id, ctx.round):
+            return flight  # owners are waited for: no simulated device decides whether something is forgotten
         down, up = len(self._payloads[received]), self.expectation(flight).form.num_bytes
         examples = examples_of(client.num_examples, fed.training)
         return replace(flight, due_s=now_s + fed.fleet.seconds(client.id, ctx.round, examples, down, up))

@@ -34,10 +34,11 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     """The state after one more round; ``state`` itself is untouched.
 
     Raises:
-        RoundError: if not one update could be used for the third round in a row.
+        RoundError: if not one update could be used for the third round in a row, or an owner did not forget.
     """
     clock = _Clock()
     fed, number = fed.now(state), state.round + 1
+    forgets = fed.forgets(number) is not None
     ctx = fed.context(number, state)
     outbox, inbox = Outbox(fed, state, ctx), Inbox(fed, number)
     reach("round.started", number)
@@ -49,6 +50,8 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     aggregate, problem = _aggregate(fed, used, ctx, state, outbox.left_out)
     if problem:
         used = []
+    if forgets:
+        _check_forgotten(fed, inbox, problem)
     if fed.keep:
         fed.keep(ctx, state, used)
     empty = _empty_rounds(state, used, inbox, problem)
@@ -112,6 +115,9 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         records=_records(state, outbox.given, used, inbox),
         clock_s=closing.clock_s,
     )
+    if forgets:  # the run goes on to know nothing of whoever has left and came back for this
+        known = ("accepted", "participation", "caught_up", "records")
+        played = replace(played, row={**row, "forgets": True}, **{name: getattr(state, name) for name in known})
     return advance(fed, played, decision, stop, found)
 
 
@@ -124,6 +130,8 @@ def _aggregate(
     if fed.schedule.mode == "sync":
         expected = max(expected - left_out, 1)
     needed = math.ceil(fed.schedule.quorum * expected - 1e-9)
+    if fed.forgets(ctx.round) is not None:
+        needed = 0  # of its own, see ``_check_forgotten``
     if len(used) < needed:
         return unchanged, f"{len(used)} updates came, and schedule.quorum asks for {needed}"
     if not used:
@@ -142,6 +150,16 @@ def is_finite(aggregate: Aggregate) -> bool:
     factors = [*aggregate.adapter.tensors().values()]
     factors += [tensor for update in aggregate.patch.values() for tensor in (update.B, update.A)]
     return all(bool(torch.isfinite(tensor).all()) for tensor in factors)
+
+
+def _check_forgotten(fed: Federation, inbox: Inbox, problem: str | None) -> None:
+    """Raise ``RoundError`` unless every owner has forgotten: a run that goes on all the same would seem to have."""
+    if not problem:
+        left = [client.id for client in fed.owners(inbox.number) if client.id not in inbox.admitted]
+        reasons = {**inbox.failed, **inbox.refused}
+        problem = f"{left[0]}: {reasons.get(left[0], 'no answer')}" if left else None
+    if problem:
+        raise RoundError(f"round {inbox.number} is to forget, and did not: {problem}")
 
 
 def _empty_rounds(state: RunState, used: Sequence[Used], inbox: Inbox, problem: str | None) -> int:

@@ -38,6 +38,8 @@ class Closing:
 
 def play(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
     """Give out tasks and take answers until the round is over."""
+    if fed.forgets(inbox.number) is not None:
+        return _forgetting(fed, state, outbox, inbox)
     state = replace(state, flights=_not_too_old(fed, state, inbox))
     way = _buffered if fed.schedule.mode == "async" else _synchronous
     closing = way(fed, state, outbox, inbox)
@@ -62,6 +64,22 @@ def wanted(fed: Federation, number: int) -> int:
     if fed.schedule.mode == "async":
         return min(fed.schedule.buffer, per_round, max(len(fed.askable(number)), 1))
     return per_round
+
+
+# Forget rounds ---------------------------------------------------------------------------------------------------
+
+
+def _forgetting(fed: Federation, state: RunState, outbox: Outbox, inbox: Inbox) -> Closing:
+    """The owners of what is to be forgotten, however long they take; the virtual clock stands still.
+
+    What is still out was learned from a model that had not forgotten yet: it is given up.
+    """
+    fed.abandon(state.flights)
+    owners = fed.owners(inbox.number)
+    names = [client.id for client in owners]
+    fed.emit("round_started", {"round": inbox.number, "selected": names, "wanted": len(owners)})
+    _run(fed, outbox, inbox, outbox.give(owners, state.clock_s))
+    return Closing((), state.clock_s)
 
 
 # Synchronous rounds ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from fedlora.continual.plateau import Never, build_policy
 from fedlora.errors import ConfigError, nearest
 from fedlora.plugins import load_plugins
 from fedlora.protocol import ClientInfo
+from fedlora.unlearning.recipe import recipe_of
 from orchestrator.selection import build_selector, how_many
 
 
@@ -27,6 +28,8 @@ def check_names(config: RunConfig) -> None:
         build_merging(config.continual.merge)
     if config.attack:
         build(config.attack)
+    for asked in config.forgetting:
+        recipe_of(asked)
 
 
 def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str], merges: bool) -> None:

@@ -4,6 +4,7 @@ Unknown keys are errors that name the nearest known key. Algorithms never see th
 arguments.
 """
 
+from fedlora.config.forgetting import ForgettingConfig
 from fedlora.config.reading import differences, known_keys, load_config, parse_config
 from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
@@ -27,6 +28,7 @@ __all__ = [
     "DataConfig",
     "Distribution",
     "FleetConfig",
+    "ForgettingConfig",
     "PartitionConfig",
     "RunConfig",
     "ScheduleConfig",

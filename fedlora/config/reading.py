@@ -147,7 +147,7 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         return [model for part in typing.get_args(annotation) for model in _models_in(part)]
     return []
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from fedlora.config.forgetting import ForgettingConfig
 from fedlora.config.sections import (
     AdmissionConfig,
     AttackConfig,
@@ -49,6 +50,7 @@ class RunConfig(Section):
     )
     ledger: LedgerConfig = LedgerConfig()
     continual: ContinualConfig | None = Field(None, description="a stream of tasks; its rounds are those of the run")
+    forgetting: list[ForgettingConfig] = Field([], description="rounds in which clients forget rows")
     plugins: list[str] = Field([], description="Python files that register strategies, wrappers or attacks")
     weighting: Literal["examples", "uniform"] = "examples"
     rounds: int = Field(10, ge=1)
@@ -92,6 +94,7 @@ class RunConfig(Section):
             self.__dict__["continual"] = self.continual.model_copy(update={"tasks": tasks})
         if self.continual and self.contributions:
             problems.append("contributions: the rounds of a stream cannot be aggregated again from a log; leave it out")
+        problems += _of_forgetting(self)
         layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
         if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):
             problems.append("strategy is a name, one name with its options, or a list of these")
@@ -127,6 +130,25 @@ def _sources_of_live(data: DataConfig) -> list[str]:
     return (
         [] if data.test_file else ["data.test_file: a live stream has no rows to hold out; give the server's test rows"]
     )
+
+
+def _of_forgetting(config: RunConfig) -> list[str]:
+    """What is wrong with the rounds in which clients forget."""
+    if config.forgetting and (config.continual or config.attack):
+        return [f"forgetting does not go together with {'continual' if config.continual else 'attack'}; leave one out"]
+    problems, taken = [], set[int]()
+    for one in config.forgetting:
+        if one.last > config.rounds or taken & set(one.rounds):
+            problems.append(
+                f"forgetting: rounds {one.first} to {one.last} are not all free; the run has {config.rounds}, and each"
+                " belongs to one entry"
+            )
+        taken |= set(one.rounds)
+        if one.records and not set(one.records) <= set(config.data.forget):
+            problems.append("forgetting.records are not all in data.forget too: other rounds would learn them again")
+        if not one.records and (odd := sorted(set(one.clients) - set(config.clients.exclude))):
+            problems.append(f"forgetting: {odd[0]} forgets all it has, and would go on learning it; exclude it")
+    return problems
 
 
 def _has_source(data: DataConfig) -> bool:

@@ -55,7 +55,7 @@ class LocalResult:
     Attributes:
         steps: of the optimizer.
         tokens, rows: seen, padding left out.
-        loss: of the data, mean over the steps; penalties of local methods are no part of it.
+        loss: of the data, mean over the steps; nothing that local methods do is part of it.
         first_loss: of the first step.
         memory: of the local methods after the last step.
     """
@@ -103,7 +103,8 @@ def train(work: LocalWork) -> LocalResult:
                 logits, targets, _ = targets_and_logits(model, batch)
                 loss = cross_entropy(among(logits, work.labels), targets, reduction="sum")
                 distilled = work.methods.distil(batch, logits, memory)
-                ((loss if distilled is None else loss + distilled) / total).backward()
+                weighted = loss * work.methods.data_weight
+                ((weighted if distilled is None else weighted + distilled) / total).backward()
                 loss_sum += loss.detach() / total
                 tokens += int(batch["attention_mask"].sum())
                 rows += len(part)

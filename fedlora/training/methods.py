@@ -7,6 +7,7 @@ its ``memory``. So the same hooks serve a loop over one client and a trainer tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
@@ -98,10 +99,12 @@ class LocalMethod(Protocol):
     Attributes:
         channel: prefix of the strategy's extra tensors that are for this method; empty if there are none.
         keeps: whether it keeps tensors on the client from round to round.
+        data_weight: of the data's loss beside what methods add to it; those of several are multiplied.
     """
 
     channel: str = ""
     keeps: bool = False
+    data_weight: float = 1.0
 
     def begin(self, start: Start) -> Memory:
         """The memory before the first step."""
@@ -128,7 +131,7 @@ class LocalMethod(Protocol):
 
         Args:
             gradients: as penalties and the methods before this one left them.
-            raw: of the data loss, with what is distilled, alone.
+            raw: of the data loss, weighted, with what is distilled, alone.
             tensors: the trained parameters.
         """
         return gradients, memory
@@ -259,6 +262,11 @@ class MethodStack:
     def keeps(self) -> bool:
         """Whether any of them keeps tensors from round to round."""
         return any(method.keeps for method in self._methods.values())
+
+    @property
+    def data_weight(self) -> float:
+        """Of the data's loss beside what methods add to it."""
+        return math.prod(method.data_weight for method in self._methods.values())
 
     def begin(self, start: Start) -> Memory:
         """The memory before the first step. Names in ``start.extras`` and ``start.kept`` say whose they are.

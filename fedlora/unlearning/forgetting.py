@@ -2,13 +2,15 @@
 
 What is minimised is ``forget loss + retain_weight * loss on the retain rows``, over parameters x with
 ``||x - start|| <= max_norm``. The level is A: evidence only, for verification to look at; the rows are not erased.
+A client that has nothing to retain is held back by the ball alone, as in the projected ascent of Halimi et al. (2022,
+arXiv 2207.05521) - whose ball is around the mean of the other clients' models, and ours around what was received.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from fedlora.adapter.peft import inspecting
 from fedlora.config import TrainingConfig
 from fedlora.data.text import IGNORE, Example
-from fedlora.errors import ConfigError, DataError, FedLoRAError
-from fedlora.protocol import EvalResult
+from fedlora.errors import DataError, FedLoRAError
+from fedlora.protocol import EvalResult, Method
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import batch_indices, collate
 from fedlora.training.evaluate import evaluate
@@ -28,42 +30,7 @@ from fedlora.training.loop import LocalResult, LocalWork, train
 from fedlora.training.methods import Local, LocalMethod, Memory, MethodStack, Start, Tensors
 from fedlora.training.objective import among, targets_and_logits
 from fedlora.unlearning.forget_losses import FORGET_LOSSES, ForgetLoss
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to forget.
-
-    Attributes:
-        steps: of AdamW at a constant ``learning_rate``.
-        max_norm: of the change of all trained tensors together, in effective units (B times the scaling). There is
-            no default, since it goes with the size of the adapter; infinity is no bound, for comparisons only.
-        loss: one of ``FORGET_LOSSES``.
-        options: of the loss.
-        retain_weight: of the loss on the retain rows, above 0.
-        batch_size: rows of either kind per step.
-
-    Raises:
-        ConfigError: for a value out of its range.
-    """
-
-    steps: int
-    learning_rate: float
-    max_norm: float
-    loss: str = "npo"
-    options: Mapping[str, float] = field(default_factory=dict)
-    retain_weight: float = 1.0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "batch_size"):
-            if not getattr(self, key) >= 1:
-                raise ConfigError(f"unlearning: {key} must be at least 1, not {getattr(self, key)}")
-        for key in ("learning_rate", "retain_weight"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(f"unlearning: {key} must be a number above 0, not {getattr(self, key)}")
-        if not self.max_norm > 0:
-            raise ConfigError(f"unlearning: max_norm must be above 0, not {self.max_norm}")
+from fedlora.unlearning.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +41,14 @@ class ForgetWork:
         model: as it was received, which is the reference. Only ``parameters`` may need gradients.
         parameters: what is changed, by tensor name.
         forget: at least one row.
-        retain: at least one row, of the same kind: what must go on working.
+        retain: rows of the same kind: what must go on working.
         recipe: how.
         seed: of the order of rows, and dropout on the retain rows.
         pad_token_id: of the tokenizer.
         scaling: ``scaling * B`` is B in effective units.
         labels: indices of the labels that compete in a classifier's loss; all where empty.
+        methods: of a plan, which act as in training.
+        alone: whether there may be no retain rows. Others' rows then have to mend what the change broke.
     """
 
     model: Any
@@ -91,6 +60,8 @@ class ForgetWork:
     pad_token_id: int
     scaling: float = 1.0
     labels: tuple[int, ...] = ()
+    methods: tuple[Method, ...] = ()
+    alone: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +70,13 @@ class Forgotten:
 
     Attributes:
         forget_before, forget_after: scores on the forget rows.
-        retain_before, retain_after: scores on the retain rows.
+        retain_before, retain_after: scores on the retain rows; of nothing where there are none.
         steps: of the optimizer.
         held_steps: after which the change had to be cut back to ``max_norm``.
         change: norm of the change, effective units.
         shared_rows: forget rows that are among the retain rows as well, which pull both ways.
-        trained: what the training loop reports; its rows and tokens are those of the retain rows.
+        trained: what the training loop reports; its rows, tokens and losses are those of the retain rows, or of the
+            forget rows where there are none.
     """
 
     forget_before: EvalResult
@@ -125,7 +97,7 @@ class Forgotten:
     def metrics(self) -> dict[str, float]:
         """Plain numbers for a log: losses and accuracies before and after, and the rest by its name."""
         found: dict[str, float] = {}
-        for kind in ("forget", "retain"):
+        for kind in ("forget", "retain") if self.retain_before.num_examples else ("forget",):
             for when in ("before", "after"):
                 score: EvalResult = getattr(self, f"{kind}_{when}")
                 found |= {f"{kind}_loss_{when}": score.loss, f"{kind}_accuracy_{when}": score.accuracy}
@@ -139,17 +111,18 @@ def unlearn(work: ForgetWork) -> Forgotten:
     Equal work gives equal bytes on equal hardware. The model is left in evaluation mode.
 
     Raises:
-        DataError: no forget rows or no retain rows, rows of two kinds, rows that cannot be forgotten, or nothing
-            to forget that is not to be retained.
+        DataError: no forget rows or no retain rows (but see ``alone``), rows of two kinds, rows that cannot be
+            forgotten, or nothing to forget that is not to be retained.
         ConfigError: an unknown loss, or options it does not take.
         FedLoRAError: if a loss stops being a number, or a loss of a plug-in has another shape.
     """
     shared = _check(work)
     recipe = work.recipe
-    local = Local(work.model, work.parameters, work.retain, work.pad_token_id, work.labels, seed=work.seed)
+    examples = work.retain or work.forget  # without retain rows the loss of these has the weight 0
+    local = Local(work.model, work.parameters, examples, work.pad_token_id, work.labels, seed=work.seed)
     own = {name: parameter.detach().clone() for name, parameter in work.parameters.items()}
-    forgetting = Forgetting(work.forget, recipe)
-    stack = MethodStack(also={"forget": forgetting})
+    forgetting = Forgetting(work.forget, recipe, recipe.retain_weight if work.retain else 0.0)
+    stack = MethodStack(work.methods, also={"forget": forgetting})
     memory = stack.begin(Start(own, frozenset(own), frozenset(), work.scaling, local=local))
     options = TrainingConfig(
         learning_rate=recipe.learning_rate,
@@ -160,7 +133,7 @@ def unlearn(work: ForgetWork) -> Forgotten:
     forget_before, retain_before = _score(work, work.forget), _score(work, work.retain)
     trained = train(
         LocalWork(
-            work.model, work.parameters, work.retain, options, work.seed, work.pad_token_id, stack, memory, work.labels
+            work.model, work.parameters, examples, options, work.seed, work.pad_token_id, stack, memory, work.labels
         )
     )
     after: Memory = trained.memory["forget"]
@@ -177,9 +150,10 @@ def unlearn(work: ForgetWork) -> Forgotten:
         trained,
     )
     # a step that breaks the model is seen by the next one, and the last has none
-    if not math.isfinite(found.change) or not math.isfinite(found.retain_after.loss):
+    kind, score = ("retain", found.retain_after) if work.retain else ("forget", found.forget_after)
+    if not math.isfinite(found.change) or not math.isfinite(score.loss):
         raise FedLoRAError(
-            f"unlearning: after {trained.steps} steps the loss on the retain rows is {found.retain_after.loss};"
+            f"unlearning: after {trained.steps} steps the loss on the {kind} rows is {score.loss};"
             " lower learning_rate or max_norm"
         )
     return found
@@ -188,16 +162,17 @@ def unlearn(work: ForgetWork) -> Forgotten:
 class Forgetting(LocalMethod):
     """Adds a forget loss to training on the retain rows, and keeps the parameters in a ball around the start.
 
-    Its rows are read without dropout, as for the reference: the ratio of the two begins at exactly 1. The data's
-    gradient, and that of methods before this one, counts ``retain_weight`` times.
+    Its rows are read without dropout, as for the reference: the ratio of the two begins at exactly 1.
 
     Args:
         rows: to be forgotten.
         recipe: steps and learning rate are those of the loop that this is part of.
+        data_weight: of the loss on the rows that the loop trains on; default the recipe's ``retain_weight``.
     """
 
-    def __init__(self, rows: Sequence[Example], recipe: Recipe):
+    def __init__(self, rows: Sequence[Example], recipe: Recipe, data_weight: float | None = None):
         self.rows, self.recipe = rows, recipe
+        self.data_weight = recipe.retain_weight if data_weight is None else data_weight
         self.loss: ForgetLoss = FORGET_LOSSES.create(recipe.loss, **recipe.options)
 
     def begin(self, start: Start) -> Memory:
@@ -227,11 +202,7 @@ class Forgetting(LocalMethod):
                 f"forget loss: {self.recipe.loss} became {value.item()} at step {memory['step'] + 1};"
                 " lower learning_rate or max_norm"
             )
-        # the loop divides by the targets of its batch, and ``project`` multiplies by the weight
-        return value * len(logits) / self.recipe.retain_weight
-
-    def project(self, gradients: Tensors, raw: Tensors, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
-        return {name: self.recipe.retain_weight * g for name, g in gradients.items()}, memory
+        return value * len(logits)  # the loop divides by the targets of its batch
 
     def constrain(self, tensors: Tensors, memory: Memory) -> tuple[Tensors, Memory]:
         memory = {**memory, "step": memory["step"] + 1}
@@ -282,6 +253,8 @@ def _device(local: Local) -> torch.device:
 
 
 def _score(work: ForgetWork, rows: Sequence[Example]) -> EvalResult:
+    if not rows:
+        return EvalResult("", 0.0, 0, 0, 0)
     device = next(iter(work.parameters.values())).device
     return evaluate(work.model, rows, work.recipe.batch_size, work.pad_token_id, device, labels=work.labels)
 
@@ -290,7 +263,7 @@ def _check(work: ForgetWork) -> int:
     """Raise ``DataError`` for rows that cannot be worked on; else how many forget rows are retain rows too."""
     if not work.forget:
         raise DataError("unlearning: there are no rows to forget")
-    if not work.retain:
+    if not work.retain and not work.alone:
         raise DataError(
             "unlearning: there are no retain rows, and without them forgetting takes the rest of the model with it;"
             " give rows that must go on working"

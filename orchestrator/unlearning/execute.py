@@ -22,7 +22,7 @@ from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
-from orchestrator.unlearning import exact, subtraction  # noqa: F401 - registers their actions
+from orchestrator.unlearning import exact, forget_rounds, subtraction  # noqa: F401 - these register their actions
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
@@ -73,6 +73,7 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
     job = Job(folder, request, lease, listen)
     steps = {"received": _plan, "planned": _contain, "contained": _execute, "executed": _verify, "verified": _purge}
     standing = find_request(folder, request)
+    load_plugins(read_config(folder).plugins)  # an action or its loss may be one of a plug-in
     if before := [other for other in pending(folder) if other.number < standing.number]:
         raise UnlearningError(
             f"{request} waits for {before[0].id}, which asks to take out {before[0].request} and is {before[0].phase};"
@@ -90,7 +91,6 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
 def _plan(job: Job) -> Standing:
     asked = job.standing.request
     config = read_config(job.folder)
-    load_plugins(config.plugins)
     try:
         action = action_of(asked)
         plan = plan_for(job.folder, asked)

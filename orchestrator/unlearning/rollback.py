@@ -146,6 +146,9 @@ def without(config: RunConfig, clients: Collection[str] = (), records: Collectio
     """The configuration of a run that never had these clients and records."""
     content = config.resolved()
     content["clients"]["exclude"] = sorted({*config.clients.exclude, *clients})
+    for one in content["forgetting"]:
+        one["clients"] = [client for client in one["clients"] if client not in clients]
+    content["forgetting"] = [one for one in content["forgetting"] if one["clients"]]
     forget = sorted({*config.data.forget, *records})
     for data in (content["data"], *(task["data"] for task in (content["continual"] or {}).get("tasks", []))):
         if data:
