@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.aggregation import compose
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, UnlearningError
+from fedlora.errors import ConfigError, UnlearningError, VerificationError
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config
 from orchestrator.unlearning.actions import Facts, UnlearningAction
@@ -83,11 +83,13 @@ class Approximate(UnlearningAction):
         """What the gate says of it; without one, that nothing was looked at.
 
         Raises:
-            VerificationError: the gate rejects it; names the checks.
+            VerificationError: the gate rejects it, and names the checks; or it would ask the target again.
             UnlearningError: what was made is not there any more.
         """
         if job.made() != job.standing.facts["executed"]["adapter_sha256"]:
             raise UnlearningError(
                 f"{job.request}: {job.work} is not what was noted; delete it and run the request again"
             )
+        if not set(plan.clients) <= set(read_config(job.work).clients.exclude):
+            raise VerificationError(f"{self.name} made a run that would ask {', '.join(plan.clients)} again")
         return pass_gate(job, plan) if self.gate else {"by": "nothing", "level": "S"}

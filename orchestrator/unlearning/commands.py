@@ -80,6 +80,9 @@ def plan(run: RunFolder, client: Clients = None, records: Records = None, as_jso
     typer.echo("action         level  cost, as a share of the rounds of retraining")
     for one in possible:
         typer.echo(f"{one.action:<14} {one.level:<6} " + (one.reason or f"{100 * (one.cost or 0):.0f} %"))
+    if any(one.level == "A" for one in possible):
+        more = 100 * (1 + found.cost)
+        typer.echo(f"at level A a gate trains two controls without the target besides, which costs {more:.0f} % more")
     typer.echo("until it is done the run stays as it is; --now puts its last adapter without the target in use first")
 
 
