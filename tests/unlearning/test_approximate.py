@@ -15,20 +15,21 @@ from typer.testing import CliRunner, Result
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.data.partition import open_corpus
-from fedlora.errors import VerificationError
-from fedlora.plugins import unload_plugins
+from fedlora.errors import UnlearningError, VerificationError
+from fedlora.plugins import load_plugins, unload_plugins
 from fedlora.unlearning.keys import new_key
 from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.cli import app
 from orchestrator.stores.files import read_config, read_json, write_atomic
+from orchestrator.unlearning.actions import ACTIONS
 from orchestrator.unlearning.amend import longer
 from orchestrator.unlearning.controls import drawn_anew, train_controls
 from orchestrator.unlearning.gate import look_again
 from orchestrator.unlearning.job import Job
 from orchestrator.unlearning.measuring import lesson_for, serve
 from orchestrator.unlearning.requests import find_request
-from orchestrator.unlearning.rollback import plan_for, without
+from orchestrator.unlearning.rollback import Rollback, plan_for, without
 from orchestrator.unlearning.samples import choose_rows, encoded
 from tests.conftest import quiet
 from tests.unlearning.test_rollback import adapter_of, asked, config_of
@@ -184,7 +185,7 @@ def test_an_honest_replay_with_other_draws_passes_and_goes_on_being_watched(
     shutil.copytree(knowing, run / "checkpoints")
     again = call("verify", run, keys, "--request", "R1", "--gate")
     assert again.exit_code == 8
-    assert "R1: the run does not pass any more after round 6 (it passed after round 6); 9 of 19 checks" in again.output
+    assert "R1: the run does not pass any more after round 6 (it passed after round 6); 10 of 19 checks" in again.output
     assert "it still knows rows it was to forget" in again.output
     # and numbers that were made to fit are not believed
     path = run / "unlearning" / "R1.measured.json"
@@ -282,14 +283,25 @@ def test_too_few_rows_are_refused_before_anything_is_trained(tmp_path: Path, key
     assert "the gate needs 20 rows" in planned.output
 
 
-def test_what_a_gate_cannot_look_at_is_refused(tmp_path: Path, keys: Path) -> None:
-    folder = small(tmp_path / "stream", continual={"split": 2, "rounds": 2})
-    assert "nothing does not know streams of tasks; use rollback" in str(unlearn(folder, keys, "nothing").exception)
-    folder = small(tmp_path / "personal", strategy="fedsa")
-    assert "there is no one global model" in str(unlearn(folder, keys, "nothing").exception)
-    folder = small(tmp_path / "late", clients__joins={"c5": 9})
-    told = str(unlearn(folder, keys, "nothing", client="c5").exception)
-    assert "no round used the target, so a gate has nothing to see; use rollback" in told
+@pytest.mark.parametrize(
+    ("changes", "first", "message"),
+    [
+        (
+            {"continual": {"split": 2, "rounds": 2}, "rounds": 4},
+            1,
+            "nothing does not know streams of tasks; use rollback",
+        ),
+        ({"strategy": "fedsa"}, 1, "under fedsa there is no one global model that a gate could look at; use rollback"),
+        ({}, None, "no round used the target, so a gate has nothing to see; use rollback"),
+    ],
+)
+def test_what_a_gate_cannot_look_at_is_refused(
+    tmp_path: Path, changes: dict[str, Any], first: int | None, message: str
+) -> None:
+    write_atomic(tmp_path / "run" / "config.yaml", config_of(tmp_path / "run", **changes).to_yaml())
+    load_plugins([PLUGIN])
+    with pytest.raises(UnlearningError, match=message):
+        ACTIONS.create("nothing").check(tmp_path / "run", Rollback(("c0",), (), (), first, None, 4, "E1"))
 
 
 # Rows and controls -------------------------------------------------------------------------------------------------
