@@ -12,6 +12,7 @@ from torch import nn
 from clients.specs import adapter_spec
 from fedlora.adapter.peft import insert
 from fedlora.adapter.rank import pad
+from fedlora.config import TrainingConfig
 from fedlora.errors import VerificationError
 from fedlora.seeds import derive_seed
 from fedlora.training.methods import name_parameters
@@ -40,7 +41,7 @@ class Served:
     base: Base
     model: Any
     parameters: Mapping[str, nn.Parameter]
-    training: Any
+    training: TrainingConfig
     seed: int
 
     @property

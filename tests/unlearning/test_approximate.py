@@ -261,7 +261,11 @@ def test_without_a_gate_it_is_called_suppression_and_nothing_is_claimed(tmp_path
     assert any("This is suppression, not erasure." in risk for risk in statement["residual_risk"])
     watched = call("verify", folder, keys, "--request", "R1", "--gate")
     assert "R1 reached level S without a gate: no control was trained" in str(watched.exception)
-    assert not find_request(folder, "R1").erased
+    # its data is still there, and can be erased
+    assert unlearn(folder, keys, "rollback").exit_code == 0
+    assert find_request(folder, "R2").level == "E1"
+    launch.run(without(config_of(tmp_path / "control", plugins=[PLUGIN]), ["c0"]), quiet)
+    assert adapter_of(folder) == adapter_of(tmp_path / "control")
 
 
 def test_rows_that_left_no_trace_prove_nothing(tmp_path: Path) -> None:
