@@ -62,6 +62,9 @@ class DataConfig(Section):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held out for the server when there is no test set")
     client_holdout: float = Field(0.1, ge=0, lt=1, description="share of each client's rows kept for evaluation")
     partition: PartitionConfig = PartitionConfig()
+    seed: int | None = Field(
+        None, ge=0, description="of samples, held-out rows and the division among clients; default the run's seed"
+    )
     id_column: str | None = Field(None, description="column that names a row; default its text")
     forget: list[str] = Field(
         [], description="SHA-256 of the names of rows that clients leave out; rows keep their place in the partition"

@@ -58,14 +58,14 @@ def open_corpus(data: DataConfig, count: int, seed: int, task: str = "auto") -> 
     Args:
         data: what to read and how to divide it.
         count: number of clients, where clients have no files of their own.
-        seed: the run's root seed.
+        seed: the run's root seed; of what is drawn here where ``data.seed`` does not say otherwise.
         task: of the model; ``causal-lm`` reads a text as text even where there is a label column.
 
     Raises:
         DataError: see ``sources``; also empty shards and labels outside the label set.
     """
     with quiet():
-        return _open(data, count, seed, task)
+        return _open(data, count, seed if data.seed is None else data.seed, task)
 
 
 def _open(data: DataConfig, count: int, seed: int, task: str) -> Corpus:

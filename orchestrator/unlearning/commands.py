@@ -88,6 +88,9 @@ def plan(run: RunFolder, client: Clients = None, records: Records = None, as_jso
     typer.echo("action         level  cost, as a share of the rounds of retraining")
     for one in possible:
         typer.echo(f"{one.action:<14} {one.level:<6} " + (one.reason or f"{100 * (one.cost or 0):.0f} %"))
+    if any(one.level == "A" for one in possible):
+        more = 100 * (1 + found.cost)
+        typer.echo(f"at level A a gate trains two controls without the target besides, which costs {more:.0f} % more")
     typer.echo("until it is done the run stays as it is; --now puts its last adapter without the target in use first")
 
 
@@ -123,7 +126,8 @@ def run_request(
     if as_json:
         typer.echo(json.dumps({"request": standing.id, "level": standing.level, "certificate": str(path)}))
         return
-    typer.echo(f"{standing.id}: {request} taken out at level {standing.level}; certificate {path}")
+    done = "is suppressed, not erased: level S" if standing.level == "S" else f"taken out at level {standing.level}"
+    typer.echo(f"{standing.id}: {request} {done}; certificate {path}")
     if "goes_on_from" in standing.facts["executed"]:
         typer.echo(f"the run goes on after round {standing.facts['executed']['goes_on_from']}: fedlora resume {run}")
 
@@ -173,8 +177,19 @@ def certificate(run: RunFolder, request: RequestId) -> None:
 
 
 @app.command()
-def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as_json: AsJson = False) -> None:
+def verify(
+    run: RunFolder,
+    request: RequestId,
+    authorised: Authorised = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="instead, measure the run's present adapter beside the request's controls")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check a certificate and everything it speaks of; exit code 8 if anything is not as it was certified."""
+    if gate:
+        _gate(run, request, _keys(authorised), as_json)
+        return
     from orchestrator.unlearning.certificate import verify_certificate
 
     problems = verify_certificate(run, request, _keys(authorised))
@@ -185,6 +200,26 @@ def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as
     for problem in problems if not as_json else ():
         typer.echo(problem, err=True)
     if problems:
+        raise typer.Exit(UnlearningError.exit_code)
+
+
+def _gate(run: Path, request: str, keys: Keys, as_json: bool) -> None:
+    """Whether what was taken out has stayed out; exit code 8 if not."""
+    from fedlora.plugins import load_plugins
+    from orchestrator.stores.files import read_config
+    from orchestrator.unlearning.certificate import check_genuine
+    from orchestrator.unlearning.gate import look_again
+
+    check_genuine(run, request, keys)
+    load_plugins(read_config(run).plugins)
+    found = look_again(run, request)
+    if as_json:
+        told = {"round": found.round, **found.verdict.to_json()} if found else None
+        typer.echo(json.dumps({"request": request, "gate": told}))
+    else:
+        nothing = "what is left never had the target, so there is nothing to measure"
+        typer.echo(f"{request}: {found.sentence if found else nothing}", err=bool(found and not found.verdict.passed))
+    if found and not found.verdict.passed:
         raise typer.Exit(UnlearningError.exit_code)
 
 

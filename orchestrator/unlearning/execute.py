@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlora.aggregation import compose
 from fedlora.errors import ConfigError, RoundError, UnlearningError, VerificationError
 from fedlora.plugins import load_plugins
-from fedlora.unlearning.levels import LEVELS
+from fedlora.unlearning.levels import LEVELS, UNPROVED
 from fedlora.unlearning.request import Request
 from fedlora.unlearning.standing import Standing
 from orchestrator import launch
@@ -26,6 +26,7 @@ from orchestrator.unlearning import exact, forget_rounds, subtraction  # noqa: F
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
+from orchestrator.unlearning.gate import measurements
 from orchestrator.unlearning.job import Job, Listener, is_finished, put_in_use
 from orchestrator.unlearning.publish import publish
 from orchestrator.unlearning.requests import FOLDER, find_request, pending, refuse
@@ -71,6 +72,7 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
         FedLoRAError: what a run may raise; the request stays where it is, and the same command goes on.
     """
     job = Job(folder, request, lease, listen)
+    load_plugins(read_config(folder).plugins)  # the action may come from one, in whatever phase a killed command left
     steps = {"received": _plan, "planned": _contain, "contained": _execute, "executed": _verify, "verified": _purge}
     standing = find_request(folder, request)
     load_plugins(read_config(folder).plugins)  # an action or its loss may be one of a plug-in
@@ -141,6 +143,7 @@ def withdraw(folder: Path, request: str, reason: str) -> Standing:
     if "contained" in standing.facts and standing.request.now and state is not None and is_finished(folder):
         put_in_use(folder, state)
     shutil.rmtree(folder / FOLDER / request, ignore_errors=True)
+    measurements(folder, request).unlink(missing_ok=True)
     return refuse(folder, request, reason)
 
 
@@ -165,7 +168,7 @@ def _purge(job: Job) -> Standing:
             "request": job.request,
             "clients": list(plan.clients),
             "records": len(plan.records),
-            "level": plan.level,
+            "level": job.standing.level,
         }
         journal.append(launch.stamped("unlearned", told))
     return job.note("purged", {"files": purged})
@@ -182,6 +185,7 @@ def _round_of(path: str) -> float:
 
 def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
     residual = [*standing.facts["planned"]["plan"]["doubts"], *standing.facts["executed"].get("doubts", [])]
+    residual += UNPROVED.get(standing.level or "", ())
     if read_config(job.folder).store.redis:
         residual.append("Events of the run on its Redis server name the client until they expire, after seven days.")
     residual.append("The journal goes on saying who took part in which round, and with which numbers.")

@@ -241,7 +241,8 @@ def _refusal(folder: Path, request: Request, requests: Mapping[str, Standing]) -
 def _unknown(folder: Path, request: Request) -> str | None:
     """Clients, tasks and labels that the run does not have. What is hashed is known to the clients only."""
     if request.kind == "client":
-        known = _clients(folder)
+        # one that an approximate action took out can be asked for again
+        known = [*_clients(folder), *read_config(folder).clients.exclude]
     elif request.kind == "task":
         continual = read_config(folder).continual
         known = list(continual.names) if continual else []

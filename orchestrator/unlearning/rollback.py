@@ -97,7 +97,7 @@ def plan_rollback(folder: Path, clients: Collection[str] = (), records: Collecti
     state, _ = load_latest(folder)
     if state is None:
         raise UnlearningError(f"{folder} has no committed round, so there is nothing to unlearn; start it anew without")
-    known = [row["client"] for row in read_json(folder / "partition.json")]
+    known = [*(row["client"] for row in read_json(folder / "partition.json")), *config.clients.exclude]
     if odd := next((client for client in clients if client not in known), None):
         raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
     rows = rounds_played(folder, state)
