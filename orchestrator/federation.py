@@ -122,8 +122,18 @@ class Federation:
         """Whether scores of this round are over everything there is to learn, so that rounds can be compared."""
         return self.course is None or len(self.course.met(number)) == len(self.course.names)
 
-    def fresh_pair(self, freezes: int) -> AdapterState:
-        """The usual initial adapter after so many freezes: the same for everybody, and another one each time."""
+    def following(self, number: int) -> int:
+        """The round after round ``number``."""
+        return self.course.following(number) if self.course else number + 1
+
+    def fresh_pair(self, freezes: int, number: int) -> AdapterState:
+        """The usual initial adapter after so many freezes: the same for everybody, and another one each time.
+
+        Args:
+            number: the last round that was played. An isolated task has its own pair, whichever others are left out.
+        """
+        if self.isolated and self.course:
+            freezes += self.course.left_out(self.course.following(number))
         if not freezes:
             return self.fresh
         sites = {path: update.shape for path, update in self.fresh.modules.items()}
@@ -174,7 +184,7 @@ class Federation:
     def context(self, number: int, state: RunState) -> RoundContext:
         """Round ``number`` from this state, with pairs that could never learn again revived."""
         seed = derive_seed(self.seed, number, "", "strategy")
-        adapter = revive(state.adapter, self.fresh_pair(state.freezes))
+        adapter = revive(state.adapter, self.fresh_pair(state.freezes, state.round))
         return RoundContext(number, self.rank, seed, adapter, self.members)
 
     def give(self, tasks: Iterable[TrainTask], timeout_s: float | None) -> Iterator[Reply]:

@@ -209,7 +209,7 @@ def _session(
                     store(state)
                 check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
-                begun = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
+                begun = {"round": state.round, "rounds": fed.rounds, "initial": state.initial}
                 fed.emit("run_started", begun | {"clients": describe_members(fed.taking_part)})
                 look = partial(_give_way, folder)
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config), look):

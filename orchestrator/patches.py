@@ -87,9 +87,10 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
     fed.abandon(state.flights)
     fed.emit("frozen", {"round": number, "id": ledger.head, "evidence": dict(why), **folded})
     freezes = (*state.stream.freezes, number)
-    fresh = fed.fresh_pair(len(freezes))
+    fresh = fed.fresh_pair(len(freezes), number)
     dense = fresh.dense if fed.isolated else state.adapter.dense
-    started = fed.strategy.start(AdapterState(fresh.modules, dense), derive_seed(fed.seed, number, "", "start"))
+    before = fed.following(number) - 1 if fed.isolated else number  # a task's own start, whichever others are left out
+    started = fed.strategy.start(AdapterState(fresh.modules, dense), derive_seed(fed.seed, before, "", "start"))
     return replace(
         state,
         adapter=started,

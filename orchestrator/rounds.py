@@ -37,7 +37,8 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         RoundError: if not one update could be used for the third round in a row, or an owner did not forget.
     """
     clock = _Clock()
-    fed, number = fed.now(state), state.round + 1
+    fed = fed.now(state)
+    number = fed.following(state.round)
     forgets = fed.forgets(number) is not None
     ctx = fed.context(number, state)
     outbox, inbox = Outbox(fed, state, ctx), Inbox(fed, number)

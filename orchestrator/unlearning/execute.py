@@ -22,7 +22,7 @@ from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
-from orchestrator.unlearning import exact, forget_rounds, subtraction  # noqa: F401 - these register their actions
+from orchestrator.unlearning import drop, exact, forget_rounds, subtraction  # noqa: F401 - they register actions
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
@@ -168,6 +168,7 @@ def _purge(job: Job) -> Standing:
             "request": job.request,
             "clients": list(plan.clients),
             "records": len(plan.records),
+            "tasks": list(plan.tasks),
             "level": job.standing.level,
         }
         journal.append(launch.stamped("unlearned", told))
@@ -191,6 +192,11 @@ def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
     residual.append("The journal goes on saying who took part in which round, and with which numbers.")
     if standing.facts["planned"]["plan"]["records"]:
         residual.append("The rows stay where their client keeps them; this configuration leaves them out.")
+    if standing.request.kind == "class":
+        residual.append("The labels stay in the model's label set, so that nothing changes its shape.")
+    if standing.request.kind == "task":
+        residual.append("The rows stay where clients keep them; this configuration leaves out the rounds they had.")
+        residual.append("The score before training is over the test rows of every task, as it was measured.")
     outcome = Outcome(
         standing.facts["planned"]["action"],
         read_json(job.space / "before.json"),
