@@ -176,10 +176,12 @@ def _scored(config: RunConfig, state: RunState, listen: Listener) -> RunState:
         fed, _ = open_federation(config, pool, listen)
         found = evaluate_global(fed.now(state), state)
     assert found.tasks is not None
+    assert fed.course is not None
     earlier = replace(state.stream, scores=replace(state.stream.scores, rows=state.stream.scores.rows[:-1]))
     clients = {client: replace(scores, rows=scores.rows[:-1]) for client, scores in state.stream.clients.items()}
     last = {"round": state.round, **found.scores}
-    row = {**(state.row or {}), "eval": found.scores, "clients": found.spread}
+    row: dict[str, Any] = {**(state.row or {}), "eval": found.scores, "clients": found.spread}
+    row["stream"] = {**row["stream"], "accuracy": dict(zip(fed.course.names, found.tasks.row(), strict=True))}
     stream = replace(earlier, clients=clients).after_task(found.tasks)
     return replace(state, stream=stream, last=last, best=last, row=row)
 

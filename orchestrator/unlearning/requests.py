@@ -245,6 +245,8 @@ def _unknown(folder: Path, request: Request) -> str | None:
         known = [*_clients(folder), *read_config(folder).clients.exclude]
     elif request.kind == "task":
         known = _tasks(folder)
+        if gone := _left_out(folder) & set(request.target):
+            return f"task {min(gone)} is left out of the run already (continual.without)"
     elif request.kind == "class":
         known = [str(label) for label in read_json(folder / "labels.json")]
     else:
@@ -292,3 +294,8 @@ def _tasks(folder: Path) -> list[str]:
     """Names of the tasks that are not left out."""
     continual = read_config(folder).continual
     return [continual.names[place] for place in continual.present] if continual and not continual.live else []
+
+
+def _left_out(folder: Path) -> set[str]:
+    continual = read_config(folder).continual
+    return set(continual.without) if continual else set()

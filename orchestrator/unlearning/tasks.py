@@ -112,9 +112,14 @@ def _narrowed(stream: Progress, kept: Collection[int]) -> Progress:
 
     prototypes = {new: stream.prototypes[old] for new, old in enumerate(sorted(kept)) if old in stream.prototypes}
     clients = {client: of(scores) for client, scores in stream.clients.items()}
+    clients = {client: scores for client, scores in clients.items() if any(_known(row) for row in scores.rows)}
     ended = tuple(number for place, number in enumerate(stream.ended) if place in kept)
     return replace(stream, scores=of(stream.scores), clients=clients, prototypes=prototypes, ended=ended)
 
 
 def _columns(row: Row, kept: Collection[int]) -> Row:
     return tuple(score for place, score in enumerate(row) if place in kept)
+
+
+def _known(row: Row) -> bool:
+    return any(score is not None for score in row)
