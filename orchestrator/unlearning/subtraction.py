@@ -33,7 +33,7 @@ from orchestrator.unlearning.again import (
     trace,
 )
 from orchestrator.unlearning.approximate import Approximate
-from orchestrator.unlearning.job import Job
+from orchestrator.unlearning.job import Job, is_finished
 from orchestrator.unlearning.rollback import Rollback
 from orchestrator.unlearning.traces import rounds_in_words
 
@@ -46,7 +46,8 @@ class FromLog(Approximate):
     def check(self, folder: Path, plan: Rollback) -> None:
         super().check(folder, plan)
         config, (state, _) = read_config(folder), load_latest(folder)
-        assert state is not None  # there is a plan
+        if state is None or not is_finished(folder):
+            raise UnlearningError(f"{self.name} goes on from a finished run; let it end, or use rollback")
         traced = trace(folder, state, plan.clients)
         if not traced.used:
             raise UnlearningError(f"{self.name}: no update of it was ever used; rollback takes it out at no cost")

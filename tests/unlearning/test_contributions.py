@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fedlora.adapter.rank import revive
 from fedlora.aggregation import compose
@@ -21,12 +22,13 @@ from fedlora.errors import ConfigError, RunFolderError, UnlearningError
 from fedlora.protocol import PARTS, TrainPlan
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load
+from orchestrator.cli import app
 from orchestrator.contributions import copy_log, keep_round, log_file, read_log
 from orchestrator.flights import Flight
 from orchestrator.inbox import Used
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json
-from orchestrator.unlearning.again import context, fresh_pair, members_of
+from orchestrator.unlearning.again import context, fresh_pair, log_size, members_of
 from orchestrator.unlearning.lineage import lineage
 from tests.conftest import quiet, toy_config
 from tests.unlearning.test_rollback import asked, config_of
@@ -138,6 +140,11 @@ def test_a_log_does_not_change_the_run_and_every_round_can_be_done_again(tmp_pat
         came = expected[number].adapter.tensors()
         assert all(torch.equal(tensor, found[name]) for name, tensor in came.items())
     client = asked(folder)[1][0]
+    kept, guessed = log_size(folder), log_size(tmp_path / "plain")
+    assert (kept["rounds"], guessed["rounds"]) == ([1, 2, 3, 4], [])
+    assert guessed["bytes"] == pytest.approx(kept["bytes"], rel=0.25)
+    told = CliRunner().invoke(app, ["unlearn", "plan", str(folder), "--client", client]).stdout
+    assert "contribution log: rounds 1 to 4, " in told
     assert any(line.startswith("  contribution log: rounds ") for line in lineage(folder, client=client))
 
 

@@ -285,7 +285,11 @@ def test_a_damaged_log_and_a_client_without_updates_are_refused_before_anything_
         Subtract(gate=False).check(folder, plan_rollback(folder, ["c1"]))
     manifest = folder / "contributions" / "manifest.json"
     told = read_json(manifest)
-    plan = plan_rollback(folder, ["c0"])
+    plan, summary = plan_rollback(folder, ["c0"]), read_json(folder / "summary.json")
+    write_json(folder / "summary.json", {**summary, "status": "interrupted"})
+    with pytest.raises(UnlearningError, match="subtract goes on from a finished run; let it end, or use rollback"):
+        Subtract(gate=False).check(folder, plan)
+    write_json(folder / "summary.json", summary)
     log_file(folder, 2).write_bytes(b"no zip")
     for action in (Subtract, Negation):
         with pytest.raises(UnlearningError, match="round-0002.zip is truncated or altered"):
