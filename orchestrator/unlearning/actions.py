@@ -65,7 +65,8 @@ class UnlearningAction(ABC):
             The verdict as it goes into the certificate, plain JSON data.
 
         Raises:
-            UnlearningError: it is not what was noted, or shows the target.
+            VerificationError: it shows the target, or nothing can be told; the request is refused with these words.
+            UnlearningError: it is not what was noted.
         """
 
 

@@ -47,7 +47,7 @@ def pass_gate(job: Job, plan: Rollback) -> dict[str, Any]:
     before, control = serve(job.folder), serve(folders[0])
     rows, sets = encoded(config, chosen, before.base.tokenizer)
     lesson = lesson_for(control, sets, score_rows(before.model, sets.forget, before.scoring).loss)
-    known, first = before.look(sets, lesson), control.look(sets, lesson)
+    known, first = before.look(sets, lesson), replace(control.look(sets), relearned=lesson)
     del before, control  # a large base fits into memory twice at most
     second = serve(folders[1]).look(sets, lesson)
     made = serve(job.work)

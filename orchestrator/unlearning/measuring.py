@@ -22,7 +22,7 @@ from fedlora.unlearning.relearning import Lesson, Relearned, relearn
 from orchestrator.artifacts import load, open_run
 
 STEPS = 10  # of the control's lesson, at least: of fewer a difference of a quarter cannot be seen
-MOST_STEPS = 60
+MOST_STEPS = 40
 HALVINGS = 10  # of the learning rate until the control needs that many
 
 
@@ -50,8 +50,10 @@ class Served:
         size, pad_token_id = self.training.per_device_eval_batch_size, self.base.tokenizer.pad_token_id
         return Scoring(size, pad_token_id, self.base.device)
 
-    def look(self, sets: Sets, like: Relearned) -> Measured:
-        """Measure it, with the lesson that another model had."""
+    def look(self, sets: Sets, like: Relearned | None = None) -> Measured:
+        """Measure it, with the lesson that another model had, or with none."""
+        if like is None:
+            return measure(self.model, sets, self.scoring)
         settings = (like.level, like.learning_rate, like.max_steps, like.batch_size, like.seed)
         return measure(self.model, sets, self.scoring, Lesson(self.parameters, *settings))
 

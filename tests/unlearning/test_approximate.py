@@ -157,6 +157,8 @@ def test_an_honest_replay_with_other_draws_passes_and_goes_on_being_watched(
     run: Path, memorised: tuple[Path, Path], keys: Path
 ) -> None:
     controls = [summary_of(memorised, number) for number in (1, 2)]
+    planned = CliRunner().invoke(app, ["unlearn", "plan", str(run), "--client", "c0"]).output
+    assert "at level A a gate trains two controls without the target besides, which costs 200 % more" in planned
     knowing = run.with_name("knowing")
     shutil.copytree(run / "checkpoints", knowing)
     assert unlearn(run, keys, "honest").exit_code == 0
