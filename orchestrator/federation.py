@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter.initial import initial_adapter
 from fedlora.adapter.rank import revive
@@ -22,6 +22,9 @@ from orchestrator.fleet import Fleet
 from orchestrator.flights import Flight
 from orchestrator.selection import Selector
 from orchestrator.state import RunState
+
+if TYPE_CHECKING:
+    from orchestrator.inbox import Used
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 
@@ -52,6 +55,7 @@ class Federation:
         prototypes: rows find the adapter they are scored with by features; else by the task they belong to.
         init: how a fresh A is drawn.
         probe: task of the model where its general ability is scored too; empty where it is not.
+        keep: called with what every round's aggregation was given, before the round is committed; None without a log.
         forgetting: rounds in which owners of rows forget them, and nobody learns.
         out: round of the task each client has from this process and has not answered.
     """
@@ -85,6 +89,7 @@ class Federation:
     prototypes: bool = False
     init: str = "kaiming"
     probe: str = ""
+    keep: Callable[[RoundContext, RunState, Sequence[Used]], None] | None = None
     forgetting: Sequence[ForgettingConfig] = ()
     out: dict[str, int] = field(default_factory=dict)
 
@@ -117,8 +122,18 @@ class Federation:
         """Whether scores of this round are over everything there is to learn, so that rounds can be compared."""
         return self.course is None or len(self.course.met(number)) == len(self.course.names)
 
-    def fresh_pair(self, freezes: int) -> AdapterState:
-        """The usual initial adapter after so many freezes: the same for everybody, and another one each time."""
+    def following(self, number: int) -> int:
+        """The round after round ``number``."""
+        return self.course.following(number) if self.course else number + 1
+
+    def fresh_pair(self, freezes: int, number: int) -> AdapterState:
+        """The usual initial adapter after so many freezes: the same for everybody, and another one each time.
+
+        Args:
+            number: the last round that was played. An isolated task has its own pair, whichever others are left out.
+        """
+        if self.isolated and self.course:
+            freezes += self.course.left_out(self.course.following(number))
         if not freezes:
             return self.fresh
         sites = {path: update.shape for path, update in self.fresh.modules.items()}
@@ -169,7 +184,7 @@ class Federation:
     def context(self, number: int, state: RunState) -> RoundContext:
         """Round ``number`` from this state, with pairs that could never learn again revived."""
         seed = derive_seed(self.seed, number, "", "strategy")
-        adapter = revive(state.adapter, self.fresh_pair(state.freezes))
+        adapter = revive(state.adapter, self.fresh_pair(state.freezes, state.round))
         return RoundContext(number, self.rank, seed, adapter, self.members)
 
     def give(self, tasks: Iterable[TrainTask], timeout_s: float | None) -> Iterator[Reply]:

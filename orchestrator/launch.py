@@ -26,6 +26,7 @@ from fedlora.plugins import Plugin, line_in, load_plugins, read_plugin
 from fedlora.protocol import BaseInfo, ClientInfo
 from orchestrator.announce import Announcer
 from orchestrator.checkpoint import commit, load_latest
+from orchestrator.contributions import keep_round
 from orchestrator.failpoints import reach
 from orchestrator.federation import Federation
 from orchestrator.lease import Lease, hold, refuse_if_held
@@ -200,13 +201,15 @@ def _session(
                 emit("pool_starting", {"pool": config.pool})
             with closing(open_pool(config)) as pool:
                 fed, base = open_federation(config, pool, emit)
+                if config.contributions:
+                    fed = replace(fed, keep=partial(keep_round, folder, config.contributions, lease.check))
                 _write_members(folder, fed.taking_part, base)
                 if state is None:
                     state = first_state(config, fed, base)
                     store(state)
                 check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
-                begun = {"round": state.round, "rounds": config.rounds, "initial": state.initial}
+                begun = {"round": state.round, "rounds": fed.rounds, "initial": state.initial}
                 fed.emit("run_started", begun | {"clients": describe_members(fed.taking_part)})
                 look = partial(_give_way, folder)
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config), look):

@@ -19,6 +19,7 @@ from fedlora.continual.plateau import build_policy, build_stop
 from fedlora.data.live import LiveStream
 from fedlora.errors import ConfigError, RunFolderError, nearest
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool
+from fedlora.seeds import derive_seed
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
 from orchestrator.forgetting import check_forgetting
@@ -56,17 +57,18 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     assault = mount(config.attack, [member.id for member in members], len(base.labels), config.seed)
     if assault:
         emit("attackers", {"attack": assault.name, "clients": list(assault.group)})
-    init = "kaiming" if config.lora.init_lora_weights is True else str(config.lora.init_lora_weights)
-    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, init)
+    fresh = initial_adapter(base.sites, base.dense, rank, config.seed, config.lora.init)
     for stats in pool.stats():
         emit("worker_ready", asdict(stats))
+    course = Course.of(config.continual, config.seed) if config.continual else None
+    stops = [config.continual.stops[place] for place in config.continual.present] if config.continual else []
     fed = Federation(
         pool=pool,
         strategy=strategy,
         members=members,
         fresh=fresh,
         seed=config.seed,
-        rounds=config.rounds,
+        rounds=course.total if course else config.rounds,
         rank=rank,
         per_round=config.clients.per_round,
         weighting=config.weighting,
@@ -79,16 +81,16 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         schedule=config.schedule,
         training=config.training,
         fleet=Fleet.of(config.fleet, members, config.seed) if config.fleet else None,
-        course=Course.of(config.continual, config.seed) if config.continual else None,
+        course=course,
         excluded=frozenset(config.clients.exclude),
         joins=dict(config.clients.joins),
         live=_live(config),
-        stops=[build_stop(rule) if rule else None for rule in config.continual.stops] if config.continual else (),
+        stops=[build_stop(rule) if rule else None for rule in stops],
         freezer=build_policy(config.continual.freeze) if config.continual else None,
         merging=merging,
         isolated=bool(config.continual and config.continual.isolated),
         prototypes=bool(config.continual and config.continual.routing == "prototype"),
-        init=init,
+        init=config.lora.init,
         probe=base.task if config.evaluation.probe else "",
         forgetting=config.forgetting,
     )
@@ -99,9 +101,11 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
 
 def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
     """The state before the first round, scored."""
+    skipped = fed.following(0) - 1  # of isolated tasks each has its own start, whichever of them are left out
+    seed = derive_seed(config.seed, skipped, "", "start") if skipped and fed.isolated else config.seed
     state = RunState(
         round=0,
-        adapter=fed.strategy.start(fed.fresh, config.seed),
+        adapter=fed.strategy.start(fed.fresh_pair(0, 0), seed),
         strategy={},
         config_sha256=config.sha256(),
         base_fingerprint=base.fingerprint,

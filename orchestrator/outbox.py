@@ -30,7 +30,7 @@ class Outbox:
         self._planned: dict[TrainPlan, str] = {}
         self._expected: dict[tuple[int, str], Expectation] = {}
         self._patches = state.ledger.patches()
-        self._fresh = fed.fresh_pair(state.freezes)  # the same for every plan
+        self._fresh = fed.fresh_pair(state.freezes, state.round)  # the same for every plan
         self.given: list[Flight] = []
         self.bytes_down = 0
         self.left_out = 0  # of the draws, since they are excluded

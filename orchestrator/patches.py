@@ -43,14 +43,30 @@ def _append(
     ledger = state.ledger.append(patch, kind, provenance, dense=dense)
     who = sorted(provenance.get("contributors", ()))
     fed.emit("base_patched", {"round": number, "id": ledger.head, "rank": ledger.rank(), "contributors": who})
-    # a stack beyond the size of the matrix says nothing more: recompressing it to that size loses rounding only
-    lossless = max(min(update.shape) for update in patch.values())
-    budget = min(fed.ledger_rank or lossless, lossless)
-    if ledger.rank() <= (budget if fed.ledger_rank else 2 * lossless):
+    ledger, error = within_budget(ledger, fed.ledger_rank, number)
+    if error is None:
         return ledger, {"ledger_rank": ledger.rank()}
-    ledger, error = ledger.compacted(budget, {"round": number})
-    fed.emit("ledger_compacted", {"round": number, "id": ledger.head, "rank": budget, "relative_error": error})
+    facts = {"round": number, "id": ledger.head, "rank": ledger.rank(), "relative_error": error}
+    fed.emit("ledger_compacted", facts)
     return ledger, {"ledger_rank": ledger.rank(), "ledger_error": error}
+
+
+def within_budget(ledger: BaseLedger, max_rank: int | None, number: int) -> tuple[BaseLedger, float | None]:
+    """The ledger recompressed if its last entry made it too large.
+
+    Args:
+        max_rank: rank per module; None where nothing may be lost.
+        number: of the round.
+
+    Returns:
+        The ledger, and the relative error of the compaction; None where there was none.
+    """
+    # a stack beyond the size of the matrix says nothing more: recompressing it to that size loses rounding only
+    lossless = max(min(update.shape) for update in ledger.entries[-1].modules().values())
+    budget = min(max_rank or lossless, lossless)
+    if ledger.rank() <= (budget if max_rank else 2 * lossless):
+        return ledger, None
+    return ledger.compacted(budget, {"round": number})
 
 
 def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState:
@@ -71,9 +87,10 @@ def freeze(fed: Federation, state: RunState, why: Mapping[str, Any]) -> RunState
     fed.abandon(state.flights)
     fed.emit("frozen", {"round": number, "id": ledger.head, "evidence": dict(why), **folded})
     freezes = (*state.stream.freezes, number)
-    fresh = fed.fresh_pair(len(freezes))
+    fresh = fed.fresh_pair(len(freezes), number)
     dense = fresh.dense if fed.isolated else state.adapter.dense
-    started = fed.strategy.start(AdapterState(fresh.modules, dense), derive_seed(fed.seed, number, "", "start"))
+    before = fed.following(number) - 1 if fed.isolated else number  # a task's own start, whichever others are left out
+    started = fed.strategy.start(AdapterState(fresh.modules, dense), derive_seed(fed.seed, before, "", "start"))
     return replace(
         state,
         adapter=started,

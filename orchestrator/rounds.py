@@ -37,7 +37,8 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         RoundError: if not one update could be used for the third round in a row, or an owner did not forget.
     """
     clock = _Clock()
-    fed, number = fed.now(state), state.round + 1
+    fed = fed.now(state)
+    number = fed.following(state.round)
     forgets = fed.forgets(number) is not None
     ctx = fed.context(number, state)
     outbox, inbox = Outbox(fed, state, ctx), Inbox(fed, number)
@@ -52,6 +53,8 @@ def play_round(fed: Federation, state: RunState) -> RunState:
         used = []
     if forgets:
         _check_forgotten(fed, inbox, problem)
+    if fed.keep:
+        fed.keep(ctx, state, used)
     empty = _empty_rounds(state, used, inbox, problem)
     if empty == MAX_EMPTY_ROUNDS:
         lost = [f"{client}: {reason}" for client, reason in {**inbox.failed, **inbox.refused, **inbox.late}.items()]
@@ -138,11 +141,16 @@ def _aggregate(
         aggregate = combine(fed.strategy, Cohort([u.update for u in used]), ctx, state.strategy)
     except QuorumError as error:
         return unchanged, str(error)
-    factors = [*aggregate.adapter.tensors().values()]
-    factors += [tensor for update in aggregate.patch.values() for tensor in (update.B, update.A)]
-    if not all(torch.isfinite(tensor).all() for tensor in factors):
+    if not is_finite(aggregate):
         return unchanged, f"{fed.strategy.name} made values that are not finite out of finite updates"
     return aggregate, None
+
+
+def is_finite(aggregate: Aggregate) -> bool:
+    """Whether a model can go on with this."""
+    factors = [*aggregate.adapter.tensors().values()]
+    factors += [tensor for update in aggregate.patch.values() for tensor in (update.B, update.A)]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in factors)
 
 
 def _check_forgotten(fed: Federation, inbox: Inbox, problem: str | None) -> None:

@@ -117,7 +117,7 @@ def _evaluate_personal(fed: Federation, state: RunState) -> Evaluation:
             plan = fed.strategy.plan(ctx, client, state.strategy)
             at_plan = replace(client, rank=plan.rank)
             payload = encode_adapter(
-                hand_out(fed.strategy, at_plan, ctx, state.strategy, fed.fresh_pair(state.freezes))
+                hand_out(fed.strategy, at_plan, ctx, state.strategy, fed.fresh_pair(state.freezes, state.round))
             )
             accepted = state.accepted.get(client.id, 0)
             tasks.append(EvalTask(client.id, payload, ledger=patches, keep=plan.keep, accepted=accepted))

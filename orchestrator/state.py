@@ -100,7 +100,7 @@ def pack(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     note = {
         "schema": SCHEMA,
         "round": state.round,
-        "strategy": _pack_tree(state.strategy, tensors),
+        "strategy": pack_tree(state.strategy, tensors),
         "config_sha256": state.config_sha256,
         "base_fingerprint": state.base_fingerprint,
         "totals": asdict(state.totals),
@@ -141,7 +141,7 @@ def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor], patches: Mapp
         return RunState(
             round=note["round"],
             adapter=AdapterState.from_tensors(adapter),
-            strategy=_unpack_tree(note["strategy"], tensors),
+            strategy=unpack_tree(note["strategy"], tensors),
             config_sha256=note["config_sha256"],
             base_fingerprint=note["base_fingerprint"],
             totals=Totals(**note["totals"]),
@@ -168,7 +168,8 @@ def unpack(note: Mapping[str, Any], tensors: Mapping[str, Tensor], patches: Mapp
         raise CheckpointError(str(error)) from error
 
 
-def _pack_tree(tree: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def pack_tree(tree: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A strategy's state as plain JSON data; its tensors are added to ``tensors``, each under a name of its own."""
     packed: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Tensor):
@@ -178,17 +179,18 @@ def _pack_tree(tree: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
             tensors[place] = value.detach().clone()
             packed[key] = {"$tensor": place}
         elif isinstance(value, Mapping):
-            packed[key] = _pack_tree(value, tensors)
+            packed[key] = pack_tree(value, tensors)
         else:
             packed[key] = value
     return packed
 
 
-def _unpack_tree(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def unpack_tree(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inverse of ``pack_tree``."""
     tree: dict[str, Any] = {}
     for key, value in packed.items():
         if isinstance(value, Mapping) and set(value) == {"$tensor"}:
             tree[key] = tensors[value["$tensor"]]
         else:
-            tree[key] = _unpack_tree(value, tensors) if isinstance(value, Mapping) else value
+            tree[key] = unpack_tree(value, tensors) if isinstance(value, Mapping) else value
     return tree

@@ -53,13 +53,22 @@ class Staleness(Wrapper):
         return [replace(update, weight=update.weight / total) for update in aged]
 
     def _carried_over(self, update: Contribution, ctx: RoundContext) -> Contribution:
-        trained, received = update.trained, update.received
-        if self.traits.fixed_gauge:
-            today = self.inner.redistribute(ctx.adapter, update.client, ctx, {}).tensors()
-            before, after = received.tensors(), trained.tensors()
-            moved = AdapterState.from_tensors({n: today[n] + after[n] - before[n] for n in after})
-            return replace(update, trained=moved)
-        minus = {path: scaled(module, -1.0) for path, module in received.whole().modules.items()}
-        modules = stack([ctx.adapter.whole().modules, trained.whole().modules, minus])
-        dense = {n: ctx.adapter.dense[n] + t - received.dense[n] for n, t in trained.dense.items()}
-        return replace(update, trained=AdapterState(modules, dense))
+        fixed = self.traits.fixed_gauge
+        today = self.inner.redistribute(ctx.adapter, update.client, ctx, {}) if fixed else ctx.adapter
+        return replace(update, trained=moved_to(today, update, fixed))
+
+
+def moved_to(adapter: AdapterState, update: Contribution, by_coordinate: bool) -> AdapterState:
+    """``adapter`` plus what the update changed.
+
+    Args:
+        by_coordinate: whether factor coordinates mean the same in both: ``adapter`` then has the client's ranks. Else
+            products are added, and modules come back as a stack of the ranks of all three.
+    """
+    trained, received = update.trained, update.received
+    if by_coordinate:
+        today, before, after = adapter.tensors(), received.tensors(), trained.tensors()
+        return AdapterState.from_tensors({n: today[n] + after[n] - before[n] for n in after})
+    minus = {path: scaled(module, -1.0) for path, module in received.whole().modules.items()}
+    modules = stack([adapter.whole().modules, trained.whole().modules, minus])
+    return AdapterState(modules, {n: adapter.dense[n] + t - received.dense[n] for n, t in trained.dense.items()})

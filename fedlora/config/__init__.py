@@ -10,6 +10,7 @@ from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
     AttackConfig,
     ClientsConfig,
+    ContributionsConfig,
     DataConfig,
     Distribution,
     FleetConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "AttackConfig",
     "ClientsConfig",
     "ContinualConfig",
+    "ContributionsConfig",
     "DataConfig",
     "Distribution",
     "FleetConfig",

@@ -14,6 +14,7 @@ from fedlora.config.sections import (
     AdmissionConfig,
     AttackConfig,
     ClientsConfig,
+    ContributionsConfig,
     DataConfig,
     EvaluationConfig,
     FleetConfig,
@@ -28,7 +29,8 @@ from fedlora.config.sections import (
 )
 from fedlora.config.stream import ContinualConfig
 
-AROUND = ("output_dir", "store")  # where results go and who looks on: they do not define the results
+# where results go, who looks on, and what is kept of the way there: they do not define the results
+AROUND = ("output_dir", "store", "contributions")
 
 
 class RunConfig(Section):
@@ -58,6 +60,9 @@ class RunConfig(Section):
     pool: Literal["local", "ray"] = "local"
     ray: RayConfig = RayConfig()
     store: StoreConfig = StoreConfig()
+    contributions: ContributionsConfig | None = Field(
+        None, description="keep what clients sent, for actions of unlearning that need it; {} for the defaults"
+    )
     threads: int | None = Field(None, ge=1, description="torch threads per worker; default: all cores, or ray.num_cpus")
     keep_checkpoints: int = Field(2, ge=1)
     output_dir: str = "runs/default"
@@ -87,6 +92,8 @@ class RunConfig(Section):
             # merged once, so that a configuration that was written out and read back means the same
             tasks = [task.model_copy(update={"data": _merged(self.data, task.data)}) for task in self.continual.tasks]
             self.__dict__["continual"] = self.continual.model_copy(update={"tasks": tasks})
+        if self.continual and self.contributions:
+            problems.append("contributions: the rounds of a stream cannot be aggregated again from a log; leave it out")
         problems += _of_forgetting(self)
         layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
         if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):

@@ -62,6 +62,9 @@ class DataConfig(Section):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held out for the server when there is no test set")
     client_holdout: float = Field(0.1, ge=0, lt=1, description="share of each client's rows kept for evaluation")
     partition: PartitionConfig = PartitionConfig()
+    seed: int | None = Field(
+        None, ge=0, description="of samples, held-out rows and the division among clients; default the run's seed"
+    )
     id_column: str | None = Field(None, description="column that names a row; default its text")
     forget: list[str] = Field(
         [], description="SHA-256 of the names of rows that clients leave out; rows keep their place in the partition"
@@ -160,6 +163,11 @@ class LoraConfig(Section):
         if self.init_lora_weights is False:
             raise ValueError("init_lora_weights: false is PEFT's debugging mode; use true, gaussian or orthogonal")
         return self
+
+    @property
+    def init(self) -> str:
+        """How a fresh A is drawn."""
+        return "kaiming" if self.init_lora_weights is True else str(self.init_lora_weights)
 
 
 class TrainingConfig(Section):
@@ -309,6 +317,16 @@ class StoreConfig(Section):
         None, description="redis://host:port/0 for the run's lease, events and client registry; default: $FEDLORA_REDIS"
     )
     lease_s: float = Field(10.0, ge=1, description="a silent orchestrator's run may be taken over after this time")
+
+
+class ContributionsConfig(Section):
+    """The contribution log: what every aggregation was given, kept so that it can be done again without somebody."""
+
+    keep_rounds: int | None = Field(None, ge=1, description="only the last so many rounds stay; default all")
+    every: int = Field(1, ge=1, description="log every so many rounds only")
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="of the clients' changes; float16 takes half the place and rounds them"
+    )
 
 
 class RayConfig(Section):

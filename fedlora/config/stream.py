@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fedlora.config.sections import DataConfig, Section
+from fedlora.errors import nearest
 
 Rule = str | dict[str, dict[str, Any] | None]
 
@@ -97,6 +98,11 @@ class ContinualConfig(Section):
     )
     replay: ReplayConfig | None = Field(None, description="a buffer on every client; {} for the defaults")
     joint: bool = Field(False, description="the upper bound: everybody trains on the rows of all tasks all the time")
+    without: list[str] = Field(
+        [],
+        description="names of tasks whose rounds are left out; all other rounds keep their numbers, and labels, splits"
+        " and draws stay as they are",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ContinualConfig:
@@ -122,7 +128,23 @@ class ContinualConfig(Section):
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks have the name {twice[0]}; names tell scores apart")
+        if self.without:
+            self._check_without()
         return self
+
+    def _check_without(self) -> None:
+        if self.live:
+            raise ValueError("without: a live stream has no tasks that could be left out; take out clients or records")
+        if odd := next((name for name in self.without if name not in self.names), None):
+            raise ValueError(f"without: there is no task {odd}{nearest(odd, self.names)}")
+        if set(self.without) >= set(self.names):
+            raise ValueError(f"without leaves no task to train; the stream has {', '.join(self.names)}")
+        mixed = {"order": "same", "stagger": 0, "blur": 0.0, "joint": False}
+        if keys := [key for key, default in mixed.items() if getattr(self, key) != default]:
+            raise ValueError(
+                f"without leaves out the rounds of a task, and with {', '.join(keys)} its rows are trained on in rounds"
+                " of other tasks too; leave out its rows instead (data.forget, fedlora unlearn --data or --class)"
+            )
 
     def _check_live(self) -> None:
         told = {"order": "same", "stagger": 0, "blur": 0.0, "merge": "sum", "isolated": False, "joint": False}
@@ -152,8 +174,13 @@ class ContinualConfig(Section):
         return ("live",) if self.live else tuple(task.name for task in self.tasks)
 
     @property
+    def present(self) -> tuple[int, ...]:
+        """Places in ``names`` of the tasks that are not left out."""
+        return tuple(place for place, name in enumerate(self.names) if name not in self.without)
+
+    @property
     def task_rounds(self) -> tuple[int, ...]:
-        """Rounds of each task."""
+        """Rounds of each task, those that are left out included."""
         if self.split:
             return (self.rounds,) * self.split
         if self.live:

@@ -66,17 +66,32 @@ def open_stream(
         return Stream(open_corpus(data, count, seed, task))
     if continual.live:
         return _live(data, continual.live.clients or [f"c{i}" for i in range(count)], task)
-    if continual.split or not any(one.data for one in continual.tasks):
-        whole = open_corpus(data, count, seed, task)
-        stream = _cut(Stream(whole, _filtered(whole, continual, seed)))
+    parts = [corpus for _, corpus in corpora(data, continual, count, seed, task)]
+    if _is_one(continual):
+        stream = _cut(Stream(parts[0], _filtered(parts[0], continual, seed)))
     else:
-        stream = _joined([(one, _own(data, one, count, seed, task)) for one in continual.tasks])
+        stream = _joined(list(zip(continual.tasks, parts, strict=True)))
     _check(stream, continual.scenario)
     if continual.replay and continual.replay.balanced and not stream.corpus.labels:
         raise DataError(
             f"continual.replay.balanced: the rows are {stream.corpus.form} and have no labels; leave it out"
         )
+    if continual.without:
+        # only now: what is left has the tables and the labels that it has beside them
+        return _cut(replace(stream, tasks=tuple(stream.tasks[place] for place in continual.present)))
     return _blurred(stream, continual.blur, seed) if continual.blur else stream
+
+
+def corpora(
+    data: DataConfig, continual: ContinualConfig | None, count: int, seed: int, task: str = "auto"
+) -> list[tuple[DataConfig, Corpus]]:
+    """Every dataset of a run as it was divided, with how it was read: one, or one per task. A live stream has none.
+
+    Args and raises: see ``open_stream``.
+    """
+    if continual is None or _is_one(continual):
+        return [] if continual and continual.live else [(data, open_corpus(data, count, seed, task))]
+    return [(one.data or data, _own(data, one, count, seed, task)) for one in continual.tasks]
 
 
 def labels_of(stream: Stream, tasks: Collection[int]) -> tuple[int, ...]:
@@ -98,6 +113,11 @@ def _live(data: DataConfig, clients: Sequence[str], task: str) -> Stream:
         test.form, test.table.select([]), test.table, dict.fromkeys(clients, ()), dict.fromkeys(clients, ()), labels
     )
     return Stream(corpus, (Task("live", tuple(range(len(labels))), {}, {}, range(len(test.table))),))
+
+
+def _is_one(continual: ContinualConfig) -> bool:
+    """Whether all tasks come out of one dataset."""
+    return not any(one.data for one in continual.tasks)
 
 
 # One dataset, divided -----------------------------------------------------------------------------------------------

@@ -58,14 +58,14 @@ def open_corpus(data: DataConfig, count: int, seed: int, task: str = "auto") -> 
     Args:
         data: what to read and how to divide it.
         count: number of clients, where clients have no files of their own.
-        seed: the run's root seed.
+        seed: the run's root seed; of what is drawn here where ``data.seed`` does not say otherwise.
         task: of the model; ``causal-lm`` reads a text as text even where there is a label column.
 
     Raises:
         DataError: see ``sources``; also empty shards and labels outside the label set.
     """
     with quiet():
-        return _open(data, count, seed, task)
+        return _open(data, count, seed if data.seed is None else data.seed, task)
 
 
 def _open(data: DataConfig, count: int, seed: int, task: str) -> Corpus:
@@ -106,13 +106,23 @@ def forgotten(table: Dataset, data: DataConfig) -> set[int]:
     """
     if not data.forget:
         return set()
+    column = name_column(table, data)
+    wanted = set(data.forget)
+    return {row for row, name in enumerate(table[column][:]) if hash_of(name) in wanted}
+
+
+def name_column(table: Dataset, data: DataConfig) -> str:
+    """The column that names a row.
+
+    Raises:
+        DataError: if the table has no such column.
+    """
     column = data.id_column or next(name for name in NAMES.values() if name in table.column_names)
     if column not in table.column_names:
         raise DataError(
             f"data.id_column: the training rows have no column {column}{nearest(column, table.column_names)}"
         )
-    wanted = set(data.forget)
-    return {row for row, name in enumerate(table[column][:]) if hash_of(name) in wanted}
+    return column
 
 
 def hash_of(name: Any) -> str:

@@ -12,3 +12,12 @@ LEVELS: Mapping[str, str] = {
 ERASES = frozenset(
     {"E1", "E2", "C"}
 )  # what may be called erasure; after A and S the same target may be asked for again
+
+# what a certificate adds about what nobody looked at
+UNPROVED: Mapping[str, tuple[str, ...]] = {
+    "A": ("The checks see what the rows they looked at can show; traces that none of them looks for may be there.",),
+    "S": (
+        "Nothing was measured: no control was trained, and the data of the target is to be taken as still in the"
+        " weights. This is suppression, not erasure.",
+    ),
+}

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from fedlora.adapter.algebra import accumulate, norm, scaled, stack
 from fedlora.adapter.rank import resize
 from fedlora.adapter.state import AdapterState, LowRank
-from fedlora.aggregation.base import Contribution
+from fedlora.aggregation.base import Contribution, RoundContext, Strategy
+from fedlora.aggregation.cohort import Cohort
+from fedlora.aggregation.wrapper import Wrapper
 from fedlora.errors import AdapterError, ConfigError, RoundError
 
 
@@ -33,6 +35,21 @@ class Negated:
     adapter: AdapterState
     error: float
     share: float
+
+
+def entered(strategy: Strategy, updates: Sequence[Contribution], ctx: RoundContext) -> Sequence[Contribution]:
+    """A round's updates as its rule was given them: with their shares, after clipping and weighing.
+
+    Args:
+        updates: as they were sent, the whole round: what clip or krum makes of one depends on the others.
+    """
+    pending = sorted((p for p in Cohort.of(updates).pending if p.weight > 0), key=lambda p: p.client.id)
+    total = sum(p.weight for p in pending)
+    given: Sequence[Contribution] = Cohort([replace(p, weight=p.weight / total) for p in pending])
+    for layer in strategy.layers():
+        if isinstance(layer, Wrapper):
+            given = layer.prepare(given, ctx)
+    return given
 
 
 def task_vector(updates: Sequence[Contribution]) -> AdapterState:

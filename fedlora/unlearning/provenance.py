@@ -11,7 +11,7 @@ from fedlora.errors import UnlearningError, nearest
 KINDS = (
     *("client", "task"),  # whom or what a request can name
     *("update", "aggregate", "strategy", "optimizer", "importance", "selection", "replay", "private"),
-    *("ledger", "checkpoint", "adapter", "export"),
+    *("ledger", "checkpoint", "contributions", "adapter", "export"),
 )
 
 

@@ -6,16 +6,22 @@ contains, and only replay erases.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
-from fedlora.aggregation.cohort import Cohort
+from fedlora.aggregation.cohort import Cohort, Pending
 from fedlora.aggregation.combine import combine
+from fedlora.aggregation.staleness import moved_to
+from fedlora.aggregation.wrapper import Wrapper
 from fedlora.errors import AdapterError, ConfigError, RoundError
+from fedlora.protocol import ClientInfo
 
 
 def aggregate_without(
@@ -51,6 +57,63 @@ def aggregate_without(
         )
     members = [member for member in ctx.members if member.id not in targets]
     return combine(strategy, others, replace(ctx, members=members), state)
+
+
+def carrying(strategy: Strategy, start: Callable[[ClientInfo], AdapterState]) -> Strategy:
+    """A strategy whose rule takes every update for the same change of what its client would be sent now.
+
+    Stored updates are adapters that grew from the model with the target: to average those again would bring the target
+    back with every one of them. Wrappers see the updates as they were, so that clipping shortens and krum compares
+    what clients did. An update whose client would be sent what it was sent stays as it is, bit for bit; so does one
+    that came late, whose change the ``staleness`` wrapper carries over itself.
+
+    Args:
+        strategy: its rule has a fixed basis or takes mixed ranks: products are added where the basis is another one.
+        start: what a client, at the rank it was planned at, would be sent at the start of the round.
+
+    Raises:
+        ConfigError: if the rule can be given neither.
+    """
+    if isinstance(strategy, Wrapper):
+        outer = copy.copy(strategy)
+        outer.inner = carrying(strategy.inner, start)
+        return outer
+    if not strategy.traits.fixed_gauge and not strategy.traits.mixed_ranks:
+        raise ConfigError(f"strategy: {strategy.name} can only take a change of the adapter that it was made to")
+    return _Carrying(strategy, start)
+
+
+class _Carrying(Wrapper):
+    """Keeps nothing of its own: its state is that of the rule."""
+
+    def __init__(self, rule: Strategy, start: Callable[[ClientInfo], AdapterState]):
+        super().__init__(rule)
+        self.name, self._start = rule.name, start
+
+    def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
+        moved = Cohort([self._moved(pending) for pending in Cohort.of(updates).pending])
+        return self.inner.aggregate(moved, ctx, state)
+
+    def redistribute(self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State) -> AdapterState:
+        return self.inner.redistribute(adapter, client, ctx, state)
+
+    def _moved(self, pending: Pending) -> Pending:
+        start, fixed = self._start(pending.client), self.traits.fixed_gauge
+
+        def load() -> Contribution:
+            update = pending.load()
+            if update.staleness or _equal(start, update.received):
+                return update
+            return replace(update, trained=moved_to(start, update, fixed), received=start)
+
+        # only what nobody has touched has one, and that is never late
+        change = pending.change
+        return replace(pending, load=load, change=(lambda: (start, change()[1])) if change and fixed else None)
+
+
+def _equal(left: AdapterState, right: AdapterState) -> bool:
+    mine, theirs = left.tensors(), right.tensors()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def calibrated(stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

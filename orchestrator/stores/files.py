@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedlora.config import RunConfig, differences, load_config
 from fedlora.errors import ConfigError, RunFolderError
 
 _WRITTEN = {
     *("config", "journal", "metrics", "partition", "labels", "summary", "report", "exports"),
-    *("checkpoints", "adapter", "ledger", "private", "lease"),
+    *("checkpoints", "adapter", "ledger", "private", "contributions", "lease"),
 }
 
 
@@ -36,13 +36,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Raises:
         RunFolderError: if it cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece, which takes the place of the old one when it is whole: ``write_atomic``."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with scratch.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             scratch.replace(path)

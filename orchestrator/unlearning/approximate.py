@@ -6,14 +6,17 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+from fedlora.aggregation import compose
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, UnlearningError
+from fedlora.errors import ConfigError, UnlearningError, VerificationError
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config
 from orchestrator.unlearning.actions import Facts, UnlearningAction
 from orchestrator.unlearning.amend import last_state, longer, play_on
+from orchestrator.unlearning.gate import pass_gate
 from orchestrator.unlearning.job import Job
 from orchestrator.unlearning.rollback import Rollback
+from orchestrator.unlearning.samples import choose_rows
 
 
 class Approximate(UnlearningAction):
@@ -38,8 +41,19 @@ class Approximate(UnlearningAction):
         return "A" if self.gate else "S"
 
     def check(self, folder: Path, plan: Rollback) -> None:
-        if read_config(folder).continual:
+        config = read_config(folder)
+        if config.continual:
             raise UnlearningError(f"{self.name} does not know streams of tasks; use rollback")
+        if not self.gate:
+            return
+        if compose(config.strategy).traits.personal:
+            raise UnlearningError(
+                f"{self.name}: under {config.strategy_name} there is no one global model that a gate could look at; use"
+                " rollback"
+            )
+        if plan.first is None:
+            raise UnlearningError(f"{self.name}: no round used the target, so a gate has nothing to see; use rollback")
+        choose_rows(config, plan)
 
     @property
     def rounds(self) -> int:
@@ -66,13 +80,16 @@ class Approximate(UnlearningAction):
         return longer(read_config(job.folder), plan, self.rounds, **changes)
 
     def verify(self, job: Job, plan: Rollback) -> Facts:
-        """What the gate says of it.
+        """What the gate says of it; without one, that nothing was looked at.
 
         Raises:
-            VerificationError: the gate rejects it; names the checks.
+            VerificationError: the gate rejects it, and names the checks; or it would ask the target again.
+            UnlearningError: what was made is not there any more.
         """
         if job.made() != job.standing.facts["executed"]["adapter_sha256"]:
             raise UnlearningError(
                 f"{job.request}: {job.work} is not what was noted; delete it and run the request again"
             )
-        return {"by": "nothing", "level": "S"}
+        if not set(plan.clients) <= set(read_config(job.work).clients.exclude):
+            raise VerificationError(f"{self.name} made a run that would ask {', '.join(plan.clients)} again")
+        return pass_gate(job, plan) if self.gate else {"by": "nothing", "level": "S"}

@@ -28,6 +28,7 @@ from orchestrator.failpoints import reach
 from orchestrator.stores.files import file_sha256, read_json, write_atomic
 from orchestrator.unlearning.artefacts import snapshot, still_there
 from orchestrator.unlearning.certificate_page import certificate_page
+from orchestrator.unlearning.gate import altered
 from orchestrator.unlearning.requests import FOLDER, Log, check_log, named, open_log, read_log, read_requests
 
 FORMAT = "fedlora unlearning certificate, version 1"
@@ -100,22 +101,37 @@ def verify_certificate(folder: Path, request: str, keys: Keys) -> list[str]:
             can edit that could put a key there.
     """
     try:
-        problems = check_log(folder)
-        if problems:
+        statement, problems = _genuine(folder, request, keys)
+        if statement is None:
             return problems
         standing = named(read_requests(folder), request)
-        certificate, problems = _read(folder, standing, keys)
-        if certificate is None:
-            return problems
-        statement = certificate["statement"]
-        return [
-            *problems,
-            *_about_request(statement, standing, keys),
-            *_about_logs(folder, statement),
-            *_about_artefacts(folder, standing, statement, keys),
-        ]
+        return [*problems, *_about_artefacts(folder, standing, statement, keys)]
     except FedLoRAError as error:
         return [str(error)]
+
+
+def check_genuine(folder: Path, request: str, keys: Keys) -> None:
+    """Check a certificate, the logs and the measurements behind its verdict, whatever the run has become since.
+
+    Raises:
+        UnlearningError: if one of them is not as it was certified.
+        RunFolderError: if one cannot be read.
+    """
+    if problems := _genuine(folder, request, keys)[1]:
+        raise UnlearningError(problems[0])
+
+
+def _genuine(folder: Path, request: str, keys: Keys) -> tuple[dict[str, Any] | None, list[str]]:
+    """The statement of a certificate, None where it cannot be used, and what is wrong with it or with the logs."""
+    if problems := check_log(folder):
+        return None, problems
+    standing = named(read_requests(folder), request)
+    certificate, problems = _read(folder, standing, keys)
+    if certificate is None:
+        return None, problems
+    statement: dict[str, Any] = certificate["statement"]
+    found = [*problems, *_about_request(statement, standing, keys), *_about_logs(folder, statement)]
+    return statement, [*found, *altered(folder, standing)]
 
 
 def _path(folder: Path, request: str) -> Path:

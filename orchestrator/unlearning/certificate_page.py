@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.report.markup import document, escape, folded, plural, soft, table
@@ -46,8 +46,27 @@ def _request(statement: Mapping[str, Any]) -> str:
 
 
 def _verdict(verdict: Mapping[str, Any]) -> str:
-    lines = [[path, str(value)] for path, value in _leaves(verdict)]
-    return table(["Metric", "Value"], "ll", lines) if lines else soft("No verification was recorded.")
+    other = {name: value for name, value in verdict.items() if name != "checks"}
+    lines = [[path, str(value)] for path, value in _leaves(other)]
+    facts = table(["Metric", "Value"], "ll", lines) if lines else soft("No verification was recorded.")
+    return facts + (_checks(verdict["checks"]) if "checks" in verdict else "")
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
+    """What the gate measured: a model that never saw the target may be as far from the control as the margin says."""
+    head = ["Check", "Value", "Control", "Controls differ by", "Margin", "Rows", "", "Why"]
+    numbers = ("value", "control", "noise", "margin")
+    lines = [
+        [
+            check["name"],
+            *(f"{float(check[number]):.3g}" for number in numbers),
+            f"{check['n']:,}",
+            "passed" if check["passed"] else "failed",
+            check["reason"],
+        ]
+        for check in checks
+    ]
+    return table(head, "lrrrrrll", lines)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -28,6 +28,12 @@ Records = Annotated[
     Path | None,
     typer.Option("--records", metavar="FILE", help="names of rows to take out, one a line; only their hashes are kept"),
 ]
+Classes = Annotated[list[str] | None, typer.Option("--class", metavar="LABEL", help="all rows of a label; repeatable")]
+DataFile = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="the rows of a file, such as training rows; only hashes are kept"),
+]
+Tasks = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="a task of the stream; repeatable")]
 RequestId = Annotated[str, typer.Option("--request", metavar="R1", help="id of a request")]
 Authorised = Annotated[
     list[Path] | None,
@@ -50,25 +56,40 @@ def key(
 
 
 @app.command()
-def plan(run: RunFolder, client: Clients = None, records: Records = None, as_json: AsJson = False) -> None:
-    """What clients or records influenced, which actions could take them out, and what these cost. Changes nothing."""
+def plan(
+    run: RunFolder,
+    client: Clients = None,
+    records: Records = None,
+    label: Classes = None,
+    data: DataFile = None,
+    task: Tasks = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a target influenced, which actions could take it out, and what these cost. Changes nothing."""
     from fedlora.plugins import load_plugins
     from orchestrator.stores.files import read_config
+    from orchestrator.units import human_bytes
+    from orchestrator.unlearning.again import log_size
     from orchestrator.unlearning.execute import estimates
     from orchestrator.unlearning.lineage import lineage
     from orchestrator.unlearning.rollback import plan_for
+    from orchestrator.unlearning.traces import rounds_in_words
 
-    request = _request(run, client, records)
+    request = _request(run, _Named(client, records, label, data, task))
     load_plugins(read_config(run).plugins)
     found = plan_for(run, request)
     possible = estimates(run, request, found)
+    kept = log_size(run)
     if as_json:
         told = {"plan": asdict(found), "replayed": found.replayed, "actions": [asdict(one) for one in possible]}
+        told["contributions"] = kept
         typer.echo(json.dumps(told))
         return
-    for name in request.target if request.kind == "client" else ():
-        for line in lineage(run, client=name):
+    for name in request.target if request.kind in ("client", "task") else ():
+        for line in lineage(run, client=name) if request.kind == "client" else lineage(run, task=name):
             typer.echo(line)
+    if request.kind in ("class", "data"):
+        typer.echo(f"{request}: {len(found.records)} names of rows")
     for owner in found.owners:
         typer.echo(f"client {owner} has rows of these names")
     if found.first is None:
@@ -77,9 +98,15 @@ def plan(run: RunFolder, client: Clients = None, records: Records = None, as_jso
         begin = "the start" if found.start is None else f"the checkpoint of round {found.start}"
         typer.echo(f"first used in round {found.first} of {found.rounds}; a rollback begins from {begin}")
     typer.echo("".join(f"not E1: {doubt}\n" for doubt in found.doubts), nl=False)
+    size = human_bytes(kept["bytes"])
+    listed = rounds_in_words(kept["rounds"]) if kept["rounds"] else ""
+    typer.echo(f"contribution log: {listed}, {size}" if listed else f"no contribution log; it would take about {size}")
     typer.echo("action         level  cost, as a share of the rounds of retraining")
     for one in possible:
         typer.echo(f"{one.action:<14} {one.level:<6} " + (one.reason or f"{100 * (one.cost or 0):.0f} %"))
+    if any(one.level == "A" for one in possible):
+        more = 100 * (1 + found.cost)
+        typer.echo(f"at level A a gate trains two controls without the target besides, which costs {more:.0f} % more")
     typer.echo("until it is done the run stays as it is; --now puts its last adapter without the target in use first")
 
 
@@ -89,6 +116,9 @@ def run_request(
     key: Annotated[Path, typer.Option(metavar="FILE", help="private key that signs the request and its certificate")],
     client: Clients = None,
     records: Records = None,
+    label: Classes = None,
+    data: DataFile = None,
+    task: Tasks = None,
     action: Action = "rollback",
     option: Options = None,
     now: Annotated[bool, typer.Option("--now", help="contain first, erase after")] = False,
@@ -96,14 +126,14 @@ def run_request(
     patience: Annotated[float, typer.Option(min=0, help="seconds to wait for a run that is being played")] = 3600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Take clients or records out. The same command again goes on where it was stopped."""
+    """Take a target out. The same command again goes on where it was stopped."""
     from fedlora.unlearning.keys import load_key
     from fedlora.unlearning.request import sign_request
     from orchestrator.console import JsonScreen, Screen
     from orchestrator.unlearning.execute import carry_out
     from orchestrator.unlearning.requests import identity, receive
 
-    request = _request(run, client, records, action, now, _options(option))
+    request = _request(run, _Named(client, records, label, data, task), action, now, _options(option))
     signer, keys = load_key(key), _keys(authorised)
     standing = receive(run, sign_request(request, identity(run), signer), keys)
     if standing.reason:
@@ -115,7 +145,8 @@ def run_request(
     if as_json:
         typer.echo(json.dumps({"request": standing.id, "level": standing.level, "certificate": str(path)}))
         return
-    typer.echo(f"{standing.id}: {request} taken out at level {standing.level}; certificate {path}")
+    done = "is suppressed, not erased: level S" if standing.level == "S" else f"taken out at level {standing.level}"
+    typer.echo(f"{standing.id}: {request} {done}; certificate {path}")
     if "goes_on_from" in standing.facts["executed"]:
         typer.echo(f"the run goes on after round {standing.facts['executed']['goes_on_from']}: fedlora resume {run}")
 
@@ -165,8 +196,19 @@ def certificate(run: RunFolder, request: RequestId) -> None:
 
 
 @app.command()
-def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as_json: AsJson = False) -> None:
+def verify(
+    run: RunFolder,
+    request: RequestId,
+    authorised: Authorised = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="instead, measure the run's present adapter beside the request's controls")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check a certificate and everything it speaks of; exit code 8 if anything is not as it was certified."""
+    if gate:
+        _gate(run, request, _keys(authorised), as_json)
+        return
     from orchestrator.unlearning.certificate import verify_certificate
 
     problems = verify_certificate(run, request, _keys(authorised))
@@ -180,31 +222,69 @@ def verify(run: RunFolder, request: RequestId, authorised: Authorised = None, as
         raise typer.Exit(UnlearningError.exit_code)
 
 
+def _gate(run: Path, request: str, keys: Keys, as_json: bool) -> None:
+    """Whether what was taken out has stayed out; exit code 8 if not."""
+    from fedlora.plugins import load_plugins
+    from orchestrator.stores.files import read_config
+    from orchestrator.unlearning.certificate import check_genuine
+    from orchestrator.unlearning.gate import look_again
+
+    check_genuine(run, request, keys)
+    load_plugins(read_config(run).plugins)
+    found = look_again(run, request)
+    if as_json:
+        told = {"round": found.round, **found.verdict.to_json()} if found else None
+        typer.echo(json.dumps({"request": request, "gate": told}))
+    else:
+        nothing = "what is left never had the target, so there is nothing to measure"
+        typer.echo(f"{request}: {found.sentence if found else nothing}", err=bool(found and not found.verdict.passed))
+    if found and not found.verdict.passed:
+        raise typer.Exit(UnlearningError.exit_code)
+
+
+class _Named(NamedTuple):
+    """What the options of a command name, by kind of target."""
+
+    client: list[str] | None
+    records: Path | None
+    label: list[str] | None
+    data: Path | None
+    task: list[str] | None
+
+
 def _request(
-    run: Path,
-    clients: list[str] | None,
-    records: Path | None,
-    action: str = "rollback",
-    now: bool = False,
-    options: Mapping[str, Any] | None = None,
+    run: Path, named: _Named, action: str = "rollback", now: bool = False, options: Mapping[str, Any] | None = None
 ) -> Request:
     """What the options ask for. Whether the run has it is for the request log to say."""
-    from fedlora.unlearning.request import Request, hashed
+    from fedlora.unlearning.request import Request
     from orchestrator.stores.files import read_config
+    from orchestrator.unlearning.targets import rows_in_file
 
-    read_config(run)
-    if bool(clients) == bool(records):
-        raise ConfigError("unlearn: name what to take out, either --client c7 or --records names.txt")
-    if clients:
-        return Request("client", tuple(clients), action, now, options or {})
-    assert records is not None
+    config = read_config(run)
+    if sum(bool(value) for value in named) != 1:
+        raise ConfigError(
+            "unlearn: name what to take out, one kind of --client c7, --records names.txt, --class LABEL,"
+            " --data rows.jsonl and --task NAME"
+        )
+    kind, target = next((kind, value) for kind, value in named._asdict().items() if value)
+    if kind == "records":
+        target = _names_in(target)
+    if kind == "data":
+        target = rows_in_file(config, target)
+    return Request("class" if kind == "label" else kind, tuple(target), action, now, options or {})
+
+
+def _names_in(records: Path) -> tuple[str, ...]:
+    """Hashes of the names in a file, one a line."""
+    from fedlora.unlearning.request import hashed
+
     try:
         names = [line for line in records.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"unlearn: {records} cannot be read: {error}") from error
     if not names:
         raise ConfigError(f"unlearn: {records} names no record; one name a line")
-    return Request("records", hashed(names), action, now, options or {})
+    return hashed(names)
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from orchestrator.unlearning.rollback import (
 class RollBack(UnlearningAction):
     """From the newest checkpoint without the target, every round after it once more."""
 
-    kinds = frozenset({"client", "records"})
+    kinds = frozenset({"client", "task", "records", "class", "data"})
     planned_level = "E1"
+    by = "replay"  # what a certificate says that its verdict is from
 
     def cost(self, folder: Path, plan: Rollback) -> float:
         return plan.cost
@@ -51,15 +52,18 @@ class RollBack(UnlearningAction):
         rows = rounds_played(job.work, state) if state else []
         config, sha256 = read_config(job.work), job.made()
         asked = [row["round"] for row in rows if set(row["selected"]) & set(plan.clients)]
+        asked += [row["round"] for row in rows if (row.get("stream") or {}).get("task") in plan.tasks]
         excluded = set(plan.clients) <= set(config.clients.exclude) and set(plan.records) <= set(config.data.forget)
+        excluded &= set(plan.tasks) <= set(config.continual.without if config.continual else ())
         noted = job.standing.facts["executed"].get("adapter_sha256")
         if asked or (state and knows(state, plan.clients)) or not excluded or sha256 != noted:
             raise UnlearningError(
                 f"{job.request}: {job.work} is not the replay that was noted (its target is asked in rounds {asked},"
                 f" adapter {sha256}); delete it and run the request again"
             )
-        verdict = {"by": "replay", "rounds": len(rows), "rounds_with_target": 0, "adapter_sha256": sha256}
-        return verdict | ({"records_left_out": len(plan.records)} if plan.records else {})
+        verdict = {"by": self.by, "rounds": len(rows), "rounds_with_target": 0, "adapter_sha256": sha256}
+        left_out = {"records_left_out": len(plan.records), "tasks_left_out": list(plan.tasks)}
+        return verdict | {key: value for key, value in left_out.items() if value}
 
 
 @ACTIONS.register("replay")

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlora.aggregation import compose
 from fedlora.errors import ConfigError, RoundError, UnlearningError, VerificationError
 from fedlora.plugins import load_plugins
-from fedlora.unlearning.levels import LEVELS
+from fedlora.unlearning.levels import LEVELS, UNPROVED
 from fedlora.unlearning.request import Request
 from fedlora.unlearning.standing import Standing
 from orchestrator import launch
@@ -22,10 +22,11 @@ from orchestrator.checkpoint import checkpoints, load, load_latest
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
-from orchestrator.unlearning import exact, forget_rounds  # noqa: F401 - these register their actions
+from orchestrator.unlearning import drop, exact, forget_rounds, subtraction  # noqa: F401 - they register actions
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
+from orchestrator.unlearning.gate import measurements
 from orchestrator.unlearning.job import Job, Listener, is_finished, put_in_use
 from orchestrator.unlearning.publish import publish
 from orchestrator.unlearning.requests import FOLDER, find_request, pending, refuse
@@ -71,6 +72,7 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
         FedLoRAError: what a run may raise; the request stays where it is, and the same command goes on.
     """
     job = Job(folder, request, lease, listen)
+    load_plugins(read_config(folder).plugins)  # the action may come from one, in whatever phase a killed command left
     steps = {"received": _plan, "planned": _contain, "contained": _execute, "executed": _verify, "verified": _purge}
     standing = find_request(folder, request)
     load_plugins(read_config(folder).plugins)  # an action or its loss may be one of a plug-in
@@ -141,6 +143,7 @@ def withdraw(folder: Path, request: str, reason: str) -> Standing:
     if "contained" in standing.facts and standing.request.now and state is not None and is_finished(folder):
         put_in_use(folder, state)
     shutil.rmtree(folder / FOLDER / request, ignore_errors=True)
+    measurements(folder, request).unlink(missing_ok=True)
     return refuse(folder, request, reason)
 
 
@@ -165,28 +168,35 @@ def _purge(job: Job) -> Standing:
             "request": job.request,
             "clients": list(plan.clients),
             "records": len(plan.records),
-            "level": plan.level,
+            "tasks": list(plan.tasks),
+            "level": job.standing.level,
         }
         journal.append(launch.stamped("unlearned", told))
     return job.note("purged", {"files": purged})
 
 
 def _round_of(path: str) -> float:
-    """The round a file of a checkpoint or of private state belongs to; infinity for others.
+    """The round a file of a checkpoint, of private state or of the contribution log belongs to; infinity for others.
 
     What is older than the target's first round holds nothing of it, whether it is still there or not.
     """
-    found = re.search(r"^(?:checkpoints|private/[^/]+)/round-(\d+)", path)
+    found = re.search(r"^(?:checkpoints|contributions|private/[^/]+)/round-(\d+)", path)
     return int(found[1]) if found else math.inf
 
 
 def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
     residual = [*standing.facts["planned"]["plan"]["doubts"], *standing.facts["executed"].get("doubts", [])]
+    residual += UNPROVED.get(standing.level or "", ())
     if read_config(job.folder).store.redis:
         residual.append("Events of the run on its Redis server name the client until they expire, after seven days.")
     residual.append("The journal goes on saying who took part in which round, and with which numbers.")
     if standing.facts["planned"]["plan"]["records"]:
         residual.append("The rows stay where their client keeps them; this configuration leaves them out.")
+    if standing.request.kind == "class":
+        residual.append("The labels stay in the model's label set, so that nothing changes its shape.")
+    if standing.request.kind == "task":
+        residual.append("The rows stay where clients keep them; this configuration leaves out the rounds they had.")
+        residual.append("The score before training is over the test rows of every task, as it was measured.")
     outcome = Outcome(
         standing.facts["planned"]["action"],
         read_json(job.space / "before.json"),

@@ -52,7 +52,7 @@ class Job:
     def plan(self) -> Rollback:
         """What was planned."""
         noted = self.standing.facts["planned"]
-        lists = {key: tuple(noted["plan"][key]) for key in ("clients", "records", "owners", "doubts")}
+        lists = {key: tuple(value) for key, value in noted["plan"].items() if isinstance(value, list)}
         return Rollback(**{**noted["plan"], **lists})
 
     def made(self) -> str | None:

@@ -21,6 +21,7 @@ _SHOWN = {
     "replay": "replay buffers",
     "private": "kept on clients",
     "checkpoint": "checkpoints",
+    "contributions": "contribution log",
     "adapter": "adapters",
     "export": "exports",
 }
@@ -68,4 +69,4 @@ def _which(kind: str, nodes: Sequence[Node]) -> str:
     if kind == "replay":
         return f"{len(nodes)}, drawn anew from rows, no files"
     rounds = rounds_in_words(sorted({node.round for node in nodes}))
-    return rounds if kind in ("aggregate", "checkpoint") else f"{nodes[-1].name}, {rounds}"
+    return rounds if kind in ("aggregate", "checkpoint", "contributions") else f"{nodes[-1].name}, {rounds}"

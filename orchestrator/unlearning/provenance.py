@@ -14,8 +14,10 @@ from typing import Any
 
 from clients.private_state import private_files
 from fedlora.config import RunConfig
+from fedlora.errors import UnlearningError
 from fedlora.unlearning.provenance import Graph, GraphBuilder, Node
 from orchestrator.checkpoint import checkpoints
+from orchestrator.contributions import log_file, read_log
 from orchestrator.exports import read_exports
 from orchestrator.results import WEIGHTS
 from orchestrator.unlearning.traces import Traces, gaps, read_traces
@@ -142,13 +144,14 @@ class _Rounds:
 
 
 def _add_files(graph: GraphBuilder, run: Traces) -> None:
-    """Checkpoints, adapters and exports: what is made of all the rest."""
+    """Checkpoints, the contribution log, adapters and exports: what is made of all the rest."""
     for path in checkpoints(run.folder):
         number = int(path.name.removeprefix("round-"))
         place = path.relative_to(run.folder).as_posix()
         kept = [f"{kind}:{number}" for kind in ("aggregate", "strategy", "optimizer", "importance", "selection")]
         kept += [f"ledger:{i + 1}" for i, entry in enumerate(run.ledger) if entry["provenance"]["round"] <= number]
         graph.add(Node(f"checkpoint:{number}", "checkpoint", path.name, number, place), kept)
+    _add_log(graph, run)
     for weights in sorted((run.folder / "adapter").rglob(WEIGHTS)):
         place = weights.parent.relative_to(run.folder).as_posix()
         graph.add(Node(f"adapter:{place}", "adapter", place, run.last, place), _of_adapter(run, place))
@@ -156,6 +159,20 @@ def _add_files(graph: GraphBuilder, run: Traces) -> None:
         name = f"{line['kind']} exported on {line['time'][:10]}"
         node = Node(f"export:{count}", "export", name, line["round"], line["path"])
         graph.add(node, _of_model(run, line["round"]))
+
+
+def _add_log(graph: GraphBuilder, run: Traces) -> None:
+    """What rounds were given to aggregate, with the model and the strategy's state that they began with."""
+    try:
+        logged = read_log(run.folder).entries
+    except UnlearningError as error:
+        graph.gaps.append(str(error))
+        return
+    for number in logged.keys() & run.rows.keys():
+        place = log_file(run.folder, number).relative_to(run.folder).as_posix()
+        kept = [f"update:{number}:{client}" for client in run.rows[number]["admitted"]]
+        kept += [f"{kind}:{number - 1}" for kind in ("aggregate", "strategy", "optimizer", "importance")]
+        graph.add(Node(f"contributions:{number}", "contributions", f"log of round {number}", number, place), kept)
 
 
 def _of_model(run: Traces, number: int) -> list[str]:

@@ -11,7 +11,7 @@ from orchestrator.stores.files import read_config, read_json, sync_folder, write
 
 # the configuration last: it says whose the rest is
 _NAMES = (
-    *("checkpoints", "ledger", "private", "adapter", "metrics.jsonl", "summary.json", "report.html"),
+    *("checkpoints", "ledger", "private", "contributions", "adapter", "metrics.jsonl", "summary.json", "report.html"),
     *("partition.json", "labels.json", "config.yaml"),
 )
 

@@ -235,16 +235,18 @@ def _not_authorised(signed: SignedRequest, keys: Keys) -> str | None:
 
 def _refusal(folder: Path, request: Request, requests: Mapping[str, Standing]) -> str | None:
     """Why a request cannot be done; None if it can be tried."""
-    return _repeated(request, requests) or _unknown(folder, request) or _last_clients(folder, request, requests)
+    return _repeated(request, requests) or _unknown(folder, request) or _last_of_all(folder, request, requests)
 
 
 def _unknown(folder: Path, request: Request) -> str | None:
     """Clients, tasks and labels that the run does not have. What is hashed is known to the clients only."""
     if request.kind == "client":
-        known = _clients(folder)
+        # one that an approximate action took out can be asked for again
+        known = [*_clients(folder), *read_config(folder).clients.exclude]
     elif request.kind == "task":
-        continual = read_config(folder).continual
-        known = list(continual.names) if continual else []
+        known = _tasks(folder)
+        if gone := _left_out(folder) & set(request.target):
+            return f"task {min(gone)} is left out of the run already (continual.without)"
     elif request.kind == "class":
         known = [str(label) for label in read_json(folder / "labels.json")]
     else:
@@ -269,18 +271,31 @@ def _repeated(request: Request, requests: Mapping[str, Standing]) -> str | None:
     return None
 
 
-def _last_clients(folder: Path, request: Request, requests: Mapping[str, Standing]) -> str | None:
-    if request.kind != "client":
+def _last_of_all(folder: Path, request: Request, requests: Mapping[str, Standing]) -> str | None:
+    """That no client, or no task, would be left."""
+    if request.kind not in ("client", "task"):
         return None
     leaving = {
         name
         for known in requests.values()
-        if known.request.kind == "client" and (known.is_open or known.erased)
+        if known.request.kind == request.kind and (known.is_open or known.erased)
         for name in known.request.target
     }
-    left = set(_clients(folder)) - leaving - set(request.target)
-    return None if left else "it would leave no clients; to give up everything, delete the run"
+    present = _clients(folder) if request.kind == "client" else _tasks(folder)
+    left = set(present) - leaving - set(request.target)
+    return None if left else f"it would leave no {request.kind}s; to give up everything, delete the run"
 
 
 def _clients(folder: Path) -> list[str]:
     return [row["client"] for row in read_json(folder / "partition.json")]
+
+
+def _tasks(folder: Path) -> list[str]:
+    """Names of the tasks that are not left out."""
+    continual = read_config(folder).continual
+    return [continual.names[place] for place in continual.present] if continual and not continual.live else []
+
+
+def _left_out(folder: Path) -> set[str]:
+    continual = read_config(folder).continual
+    return set(continual.without) if continual else set()

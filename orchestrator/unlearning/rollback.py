@@ -1,9 +1,10 @@
-"""Exact unlearning of clients and records: back to before they took part, and the rounds once more without them.
+"""Exact unlearning of clients, records and tasks: back to before they took part, and the rounds once more without them.
 
 A run without a client is the same configuration with ``clients.exclude``: the client keeps its place in every draw and
 is never asked. Up to the first round that would have asked it, both runs are the same, so a checkpoint from before that
 round belongs to both, and what follows is played again. Nothing is undone, nothing is approximated. A run without a
-record is the same configuration with ``data.forget``: its client leaves the row out, and keeps all others.
+record is the same configuration with ``data.forget``: its client leaves the row out, and keeps all others. For tasks
+see ``tasks``.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from typing import Any
 
 from clients.private_state import PrivateState
 from fedlora.config import RunConfig, parse_config
-from fedlora.continual.stream import open_stream
-from fedlora.data.partition import Corpus
 from fedlora.errors import CheckpointError, UnlearningError, nearest
 from fedlora.plugins import load_plugins
 from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
+from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
+from orchestrator.unlearning.targets import owners_of, rows_with_labels
+from orchestrator.unlearning.tasks import (
+    course_of,
+    parting,
+    rows_without,
+    unplayed_rounds,
+    without_tasks,
+)
 
 COMPARED = ("fedlora", "python", "versions", "cpu", "machine", "plugins")
 UNTIMED = ("uniform", "weighted", "round_robin", "poisson", "power_of_choice")  # rules of selection that see no clock
@@ -35,18 +43,20 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Rollback:
-    """What it takes to have a run as if some clients or records had never been there.
+    """What it takes to have a run as if some clients, records or tasks had never been there.
 
     Attributes:
         clients: who is taken out.
         records: SHA-256 of the names of rows that are taken out.
         owners: the clients that have these rows.
-        first: the first round they had a part in; None if they never had.
+        first: the first round that is another one without them; None if there is none.
         start: the committed round that the replay begins from; None where no checkpoint is old enough, and everything
             is played again.
         rounds: committed so far.
         level: E1 where the replay gives the bytes of a run that never had them, else E2.
         doubts: why it is not E1.
+        tasks: of the stream that are taken out.
+        unplayed: committed rounds that a run without them does not play.
     """
 
     clients: tuple[str, ...]
@@ -57,53 +67,75 @@ class Rollback:
     rounds: int
     level: str
     doubts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    unplayed: tuple[int, ...] = ()
+
+    @property
+    def clean(self) -> int:
+        """The last round that they had no part in, nor any before it."""
+        return self.rounds if self.first is None else self.first - 1
 
     @property
     def replayed(self) -> int:
         """Rounds to play again."""
-        return 0 if self.first is None else self.rounds - (self.start or 0)
+        return 0 if self.first is None else self._played(self.start or 0)
 
     @property
     def cost(self) -> float:
-        """Rounds to play again, as a share of all."""
-        return self.replayed / max(self.rounds, 1)
+        """Rounds to play again, as a share of all that are played without them."""
+        return self.replayed / max(self._played(0), 1)
+
+    def _played(self, start: int) -> int:
+        return self.rounds - start - sum(number > start for number in self.unplayed)
 
 
 def plan_for(folder: Path, request: Request) -> Rollback:
     """``plan_rollback`` of what a request names."""
     if request.kind == "client":
         return plan_rollback(folder, clients=request.target)
-    if request.kind == "records":
-        return plan_rollback(folder, records=request.target)
-    raise UnlearningError(f"a {request.kind} cannot be taken out yet; clients and records can")
+    if request.kind == "task":
+        return plan_rollback(folder, tasks=request.target)
+    if request.kind == "class":
+        return plan_rollback(folder, records=rows_with_labels(read_config(folder), request.target))
+    return plan_rollback(folder, records=request.target)
 
 
-def plan_rollback(folder: Path, clients: Collection[str] = (), records: Collection[str] = ()) -> Rollback:
-    """Where a replay without these clients and records begins, and what may be claimed of it. Changes nothing.
+def plan_rollback(
+    folder: Path, clients: Collection[str] = (), records: Collection[str] = (), tasks: Collection[str] = ()
+) -> Rollback:
+    """Where a replay without these clients, records or tasks begins, and what may be claimed of it. Changes nothing.
 
     Args:
         records: SHA-256 of the names of rows. The rows themselves are looked at where clients are simulated: here.
 
     Raises:
-        UnlearningError: if nothing is committed yet, there is no such client, or no client has these records.
+        UnlearningError: if nothing is committed yet, there is no such client or task, or no client has these records.
+        ConfigError: if a run without the tasks cannot be.
     """
     config = read_config(folder)
     state, _ = load_latest(folder)
     if state is None:
         raise UnlearningError(f"{folder} has no committed round, so there is nothing to unlearn; start it anew without")
-    known = [row["client"] for row in read_json(folder / "partition.json")]
+    known = [*(row["client"] for row in read_json(folder / "partition.json")), *config.clients.exclude]
     if odd := next((client for client in clients if client not in known), None):
         raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
     rows = rounds_played(folder, state)
-    owners, emptied = _owners(config, records) if records else ([], [])
-    first = _first_part(config, rows, {*clients, *owners}, bool(records), state)
+    owners, emptied = owners_of(config, without(config, records=records)) if records else ([], [])
+    if tasks:
+        without(config, tasks=tasks)  # a stream that mixes its tasks says so
+        first = parting(config, state, tasks)
+    else:
+        first = _first_part(config, rows, {*clients, *owners}, bool(records), state)
     if first is None and knows(state, clients):
         first = 1  # the rows say nothing, and the state does
     start = _start(folder, first, clients) if first is not None else state.round
+    first = first if first is None else max(first, 1)
     doubts = _doubts(folder, config, rows, start or 0)
     gone = tuple(sorted({*clients, *emptied}))
     found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
-    return Rollback(*found, "E2" if doubts else "E1", tuple(doubts))
+    unplayed = unplayed_rounds(config, state, tasks)
+    level = "E2" if doubts else "E1"
+    return Rollback(*found, level, tuple(doubts), tuple(sorted(tasks)), tuple(unplayed))
 
 
 def replay(folder: Path, plan: Rollback, work: Path, listen: Listener) -> dict[str, Any]:
@@ -136,8 +168,14 @@ def knows(state: RunState, clients: Collection[str]) -> bool:
     return bool(set(clients) & (heard | {flight.client for flight in state.flights}))
 
 
-def without(config: RunConfig, clients: Collection[str] = (), records: Collection[str] = ()) -> RunConfig:
-    """The configuration of a run that never had these clients and records."""
+def without(
+    config: RunConfig, clients: Collection[str] = (), records: Collection[str] = (), tasks: Collection[str] = ()
+) -> RunConfig:
+    """The configuration of a run that never had these clients, records and tasks.
+
+    Raises:
+        ConfigError: if a run without the tasks cannot be.
+    """
     content = config.resolved()
     content["clients"]["exclude"] = sorted({*config.clients.exclude, *clients})
     for one in content["forgetting"]:
@@ -147,13 +185,24 @@ def without(config: RunConfig, clients: Collection[str] = (), records: Collectio
     for data in (content["data"], *(task["data"] for task in (content["continual"] or {}).get("tasks", []))):
         if data:
             data["forget"] = forget
+    if config.continual and tasks:
+        content["continual"]["without"] = sorted({*config.continual.without, *tasks})
     return parse_config(content)
 
 
 def prepare(folder: Path, plan: Rollback, work: Path) -> None:
-    """The folder of the run without the clients, as it stood after round ``plan.start``; whole, or not at all."""
-    config = without(read_config(folder), plan.clients, plan.records)
-    build(folder, plan, work, config, clean_states(folder, plan.start))
+    """The folder of the run without the target, as it stood after round ``plan.start``; whole, or not at all."""
+    config = without(read_config(folder), plan.clients, plan.records, plan.tasks)
+    build(folder, plan, work, config, states_before(folder, plan))
+
+
+def states_before(folder: Path, plan: Rollback) -> list[RunState]:
+    """``clean_states`` of a plan, as the run without its tasks has them."""
+    states = clean_states(folder, plan.start)
+    if not (states and plan.tasks):
+        return states
+    course, rows = course_of(read_config(folder), states[-1]), rounds_played(folder, states[-1])
+    return [without_tasks(state, course, plan.tasks, rows) for state in states]
 
 
 def clean_states(folder: Path, last: int | None) -> list[RunState]:
@@ -176,32 +225,14 @@ def build(folder: Path, plan: Rollback, work: Path, config: RunConfig, states: S
     if scratch.exists():
         shutil.rmtree(scratch)
     write_atomic(scratch / "config.yaml", config.model_copy(update={"output_dir": str(work)}).to_yaml())
+    rows = rows_without(read_lines(folder / "metrics.jsonl"), plan.tasks)
     for state in states:
         commit(scratch, _forgetting(state, config, plan.clients), config.keep_checkpoints)
         PrivateState(folder / "private", config.keep_checkpoints).copy(scratch / "private", state.accepted)
     if states:
-        before = [row for row in read_lines(folder / "metrics.jsonl") if row["round"] <= states[-1].round]
-        write_atomic(scratch / "metrics.jsonl", _lines(before))
+        write_atomic(scratch / "metrics.jsonl", _lines([row for row in rows if row["round"] <= states[-1].round]))
+    copy_log(folder, scratch, plan.clean)
     scratch.rename(work)
-
-
-def _owners(config: RunConfig, records: Collection[str]) -> tuple[list[str], list[str]]:
-    """Who has rows of these names, and whose rows they are all."""
-    read = (config.clients.count, config.seed, config.model.task)
-    before = open_stream(config.data, config.continual, *read).corpus
-    smaller = without(config, (), records)
-    after = open_stream(smaller.data, smaller.continual, *read).corpus
-    owners = [client for client in before.shards if _rows(before, client) > _rows(after, client)]
-    if not owners:
-        raise UnlearningError(
-            "no client has a row of these names; data.id_column says what names a row (default: its text), and the file"
-            " has one name a line"
-        )
-    return owners, [client for client in owners if not after.shards[client]]
-
-
-def _rows(corpus: Corpus, client: str) -> int:
-    return len(corpus.shards[client]) + len(corpus.heldout[client])
 
 
 def _forgetting(state: RunState, config: RunConfig, clients: Collection[str]) -> RunState:

@@ -73,7 +73,12 @@ def read_traces(folder: Path) -> tuple[Traces, list[str]]:
     members = folder / "partition.json"
     clients = [member["client"] for member in read_json(members)] if members.exists() else []
     clients = list(dict.fromkeys([*clients, *(name for row in rows.values() for name in row["selected"])]))
-    numbers = range(1, max([*rows, *notes], default=0) + 1)
+    stream = newest.get("stream") or {}
+    course = (
+        Course.of(config.continual, config.seed).after(tuple(stream.get("ended", ()))) if config.continual else None
+    )
+    skipped = course.skipped if course else frozenset()
+    numbers = [number for number in range(1, max([*rows, *notes], default=0) + 1) if number not in skipped]
     everybody = {"selected": clients, "admitted": clients}
     admitted = [line for line in journal if line["event"] == "update_admitted"]
     ages = {
@@ -84,13 +89,13 @@ def read_traces(folder: Path) -> tuple[Traces, list[str]]:
         folder=folder,
         config=config,
         clients=clients,
-        course=Course.of(config.continual, config.seed) if config.continual else None,
+        course=course,
         rows={number: rows.get(number, everybody) for number in numbers},
         missing=[number for number in numbers if number not in rows],
         staleness={key: age for key, age in ages.items() if age},
         notes=notes,
         ledger=newest.get("ledger", []),
-        freezes=frozenset((newest.get("stream") or {}).get("freezes", told)),
+        freezes=frozenset(stream.get("freezes", told)),
     )
     return traces, damage
 
@@ -99,7 +104,7 @@ def gaps(traces: Traces) -> Iterator[str]:
     """What somebody who wants to take something out would like to know and cannot."""
     if traces.missing:
         yield f"metrics.jsonl has no row for {rounds_in_words(traces.missing)}: everybody is taken to have been in"
-    if pruned := [number for number in range(traces.last + 1) if number not in traces.notes]:
+    if pruned := [number for number in (0, *traces.rows) if number not in traces.notes]:
         yield (
             f"no checkpoint is left of {rounds_in_words(pruned)} (keep_checkpoints: {traces.config.keep_checkpoints}):"
             " a replay cannot begin there"

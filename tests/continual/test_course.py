@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedlora.config import ContinualConfig
 from fedlora.continual.course import Course
 
 CLIENTS = [f"c{i}" for i in range(20)]
@@ -56,3 +57,29 @@ def test_a_course_depends_on_the_seed_and_on_nothing_else(client: str) -> None:
     order = [one.task_of(client, number) for number in range(1, 9)]
     assert order == [same.task_of(client, number) for number in range(1, 9)]
     assert order != [other.task_of(client, number) for number in range(1, 9)]
+
+
+def test_the_rounds_of_a_task_that_is_left_out_are_nobodys_and_the_others_keep_their_numbers() -> None:
+    settings = {"split": 4, "rounds": 2}
+    whole = Course.of(ContinualConfig.model_validate(settings), 0)
+    course = Course.of(ContinualConfig.model_validate({**settings, "without": ["task2", "task4"]}), 0)
+    assert course.names == ("task1", "task3")
+    assert (course.skipped, course.total) == ({3, 4}, 6)
+    played = [0]
+    while played[-1] < course.total:
+        played.append(course.following(played[-1]))
+    assert played == [0, 1, 2, 5, 6]
+    assert [course.names[course.at(number)] for number in played[1:]] == [
+        whole.names[whole.at(number)] for number in played[1:]
+    ]
+    assert [number for number in played if course.ends(number)] == [2, 6]
+    assert [course.left_out(number) for number in played[1:]] == [0, 0, 1, 1]
+
+
+def test_a_task_that_ended_early_is_followed_by_all_the_rounds_that_are_left_out() -> None:
+    settings = ContinualConfig.model_validate({"split": 3, "rounds": 4, "without": ["task2"]})
+    course = Course.of(settings, 0).after((2,))
+    assert [course.following(number) for number in (0, 1, 2, 7)] == [1, 2, 7, 8]
+    assert (course.skipped, course.total) == ({3, 4, 5, 6}, 10)
+    first = Course.of(settings.model_copy(update={"without": ["task1"]}), 0)
+    assert (first.following(0), first.total) == (5, 12)

@@ -188,3 +188,26 @@ def test_rows_of_no_task_are_nobodys() -> None:
     )
     for rows in stream.corpus.shards.values():
         assert labels_in(stream, rows) <= set(TOPICS[:2])
+
+
+def test_without_a_task_its_rows_are_nobodys_and_everything_else_stays() -> None:
+    whole, left = opened(split=3), opened(split=3, without=["task2"])
+    assert [task.name for task in left.tasks] == ["task1", "task3"]
+    assert left.tasks == (whole.tasks[0], whole.tasks[2])
+    assert left.corpus.labels == whole.corpus.labels
+    assert left.corpus.train[:] == whole.corpus.train[:]
+    for client, rows in left.corpus.shards.items():
+        assert set(rows) == set(whole.corpus.shards[client]) - set(whole.tasks[1].shards.get(client, ()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"without": ["task9"]}, "there is no task task9"),
+        ({"without": ["task1", "task2", "task3"]}, "without leaves no task to train"),
+        ({"without": ["task1"], "order": "shuffled"}, "with order its rows are trained on in rounds of other tasks"),
+    ],
+)
+def test_what_cannot_be_left_out_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContinualConfig.model_validate({"split": 3, **settings})

@@ -124,7 +124,7 @@ def test_nothing_is_left_behind_after_many_rounds(pool: RayPool) -> None:
         tasks = [type(task)(**{**vars(task), "ledger": ledger, "seed": round}) for task in tasks]
         assert sum(reply.payload is not None for reply in pool.train(tasks)) == len(tasks)
         held.append(references())
-    assert max(held[100:]) <= max(held[20:100])
+    assert max(held[100:]) <= max(held[20:100]) + 5  # what is just being let go; a hundred rounds would leave hundreds
     assert len(pool._shelf) <= 3  # the ledger of the last round
 
 

@@ -111,10 +111,10 @@ def test_each_fresh_pair_is_another_one_and_the_head_stays(toy: Toy) -> None:
     state, _ = load_latest(Path(config.output_dir))
     assert state is not None
     fed, _ = open_federation(config, LocalPool(config), quiet)
-    first, second = fed.fresh_pair(0), fed.fresh_pair(1)
+    first, second = fed.fresh_pair(0, 0), fed.fresh_pair(1, 0)
     for path, pair in first.modules.items():
         assert not torch.equal(pair.A, second.modules[path].A)
-        assert torch.equal(second.modules[path].A, fed.fresh_pair(1).modules[path].A)
+        assert torch.equal(second.modules[path].A, fed.fresh_pair(1, 0).modules[path].A)
 
 
 def test_joint_training_sees_every_row_from_the_start(toy: Toy) -> None:

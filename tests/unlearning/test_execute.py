@@ -220,7 +220,7 @@ def test_records_go_by_their_names_and_only_hashes_stay(run: Path, keys: Path, t
             ["--client", "c0", "--action", "melt"],
             "unlearning action: melt is not known",
         ),
-        ([], "name what to take out, either --client c7 or --records names.txt"),
+        ([], "name what to take out, one kind of --client c7, --records names.txt"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(run: Path, keys: Path, words: list[str], message: str) -> None:
