@@ -14,10 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 from clients.runtime import ClientRuntime
+from fedlora.adapter.peft import insert
+from fedlora.adapter.rank import pad
 from fedlora.adapter.wire import decode_update, digest, encode_adapter
-from fedlora.aggregation import compose
 from fedlora.config import RunConfig, parse_config
-from fedlora.errors import ConfigError, UnlearningError
+from fedlora.errors import UnlearningError
 from fedlora.plugins import unload_plugins
 from fedlora.protocol import TrainPlan, TrainTask
 from fedlora.training.evaluate import evaluate
@@ -26,13 +27,11 @@ from fedlora.unlearning.request import Request, hashed, sign_request
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.cli import app
-from orchestrator.forgetting import check_combining
 from orchestrator.stores.files import read_config, read_lines
-from orchestrator.unlearning.actions import ACTIONS
 from orchestrator.unlearning.certificate import verify_certificate
-from orchestrator.unlearning.execute import carry_out, estimates
+from orchestrator.unlearning.execute import carry_out
 from orchestrator.unlearning.requests import find_request, identity, receive
-from orchestrator.unlearning.rollback import knows, plan_rollback, without
+from orchestrator.unlearning.rollback import knows, without
 from tests.conftest import quiet
 from tests.unlearning.test_rollback import adapter_of, asked, config_of
 
@@ -96,9 +95,6 @@ def losses(folder: Path, config: RunConfig, *sets: Rows) -> list[float]:
     assert state is not None
     runtime = ClientRuntime(config)
     model = runtime._model().at_rank(8)
-    from fedlora.adapter.peft import insert
-    from fedlora.adapter.rank import pad
-
     insert(model, "r8", state.adapter.map(lambda update: pad(update, 8)))
     encoded = [runtime._encode(runtime.corpus.train.select(rows).to_list(), "rows").examples for rows in sets]
     return [evaluate(model, rows, 64, 0, torch.device("cpu")).loss for rows in encoded]
@@ -203,6 +199,18 @@ class Mine(ForgetLoss):
         assert read_config(folder).forgetting[0].options == {"slope": 2.0}
     finally:
         unload_plugins()
+
+
+def test_the_command_does_it(run: Path) -> None:
+    keys = run.parent / "keys"
+    words = ["unlearn", "run", str(run), "--client", "c4", "--key", str(keys / "officer"), "--authorised", str(keys)]
+    words += ["--action", "gradient_difference"]
+    for option in ("steps=3", "repair_rounds=1", "gate=false", "limit=1.2"):
+        words += ["--option", option]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "client c4 taken out at level S" in done.output
+    assert read_config(run).forgetting[0].options == {"limit": 1.2}
 
 
 # Whatever the schedule ------------------------------------------------------------------------------------------
@@ -339,111 +347,3 @@ def test_two_requests_leave_two_entries_and_a_rollback_drops_what_its_client_was
     assert "c3" in second.clients
     left = without(read_config(run), ["c3", "c4"]).forgetting
     assert [one.clients for one in left] == [[c for c in second.clients if c != "c3"]] * (second.clients != ["c3"])
-
-
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("action", "options", "message"),
-    [
-        ("npo", {"steps": 0}, "unlearning: steps must be at least 1, not 0"),
-        ("npo", {"steps": "many"}, "unlearning action: npo.steps must be a whole number, not 'many'"),
-        ("npo", {"max_norm": "far"}, "unlearning action: npo.max_norm must be a number, not 'far'"),
-        ("npo", {"max_norm": math.inf}, "max_norm must be a number, not inf"),
-        ("npo", {"max_norm": -1.0}, "unlearning: max_norm must be above 0, not -1.0"),
-        ("npo", {"beta": 0}, "forget loss: npo.beta must be above 0, not 0"),
-        ("npo", {"limit": 2.0}, "forget loss: npo does not take these options: .*limit"),
-        ("npo", {"loss": "simnpo"}, "npo has a loss of its own; use forget with loss=simnpo"),
-        ("npo", {"forget_rounds": 0}, "forget_rounds must be at least 1, not 0"),
-        ("npo", {"repair_rounds": 0}, "repair_rounds must be at least 1, not 0"),
-        ("forget", {}, "forget needs a loss, such as loss=npo"),
-        ("forget", {"loss": "nop"}, "forget loss: nop is not known; did you mean npo?"),
-    ],
-)
-def test_wrong_options_are_told(action: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ACTIONS.create(action, **options)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        ([{"krum": {}}, "flexlora"], "krum makes something else of them"),
-        (["scaffold", "fedit"], "scaffold makes something else of them"),
-        ([{"server_momentum": {}}, "fedit"], "server_momentum makes something else of them"),
-        ([{"clip": {"max_norm": 1.0}}, "flexlora"], "clip makes something else of them"),
-        ([{"fltrust": {"root": "c0"}}, "flexlora"], "fltrust makes something else of them"),
-        ("fedsa", "fedsa keeps parts on the clients"),
-        ("fedsb", "fedsb trains a core"),
-        ("head_only", "head_only leaves everything but the head"),
-    ],
-)
-def test_a_strategy_that_would_change_what_owners_send_is_refused(strategy: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"{message}.*use rollback"):
-        check_combining(compose(strategy))
-
-
-def test_what_cannot_forget_is_refused_with_the_reason(run: Path, tmp_path: Path) -> None:
-    def reasons(folder: Path, client: str) -> dict[str, str]:
-        request = Request("client", (client,))
-        return {one.action: one.reason for one in estimates(folder, request, plan_rollback(folder, [client]))}
-
-    assert {"npo", "simnpo", "gradient_difference", "ascent", "forget"} <= set(reasons(run, "c4"))
-    assert reasons(run, "c4")["npo"] == ""
-    for name, changes, message in [
-        ("attacked", {"attack": {"name": "sign_flip", "clients": ["c0"]}}, "this run simulates attackers"),
-        ("stream", {"continual": {"split": 2, "rounds": 1}, "rounds": 2}, "does not know streams of tasks"),
-        ("robust", {"strategy": [{"clip": {"max_norm": 1.0}}, "flexlora"]}, "clip makes something else"),
-        ("stacked", {"strategy": "flora"}, "flora moves the adapter into the base, .* give max_norm"),
-    ]:
-        config = config_of(tmp_path / name, **{"rounds": 1, "keep_checkpoints": 1, **changes})
-        launch.run(config, quiet)
-        target = asked(tmp_path / name)[0][0]
-        with pytest.raises((ConfigError, UnlearningError), match=message):
-            ACTIONS.create("npo").check(tmp_path / name, plan_rollback(tmp_path / name, [target]))
-    launch.run(config_of(tmp_path / "late", rounds=1, clients__joins={"c5": 9}), quiet)
-    assert "no round used it" in reasons(tmp_path / "late", "c5")["npo"]
-
-
-ENTRY = {"clients": ["c0"], "first": 1, "last": 2, "loss": "npo", "steps": 2, "learning_rate": 0.01, "max_norm": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([{**ENTRY, "last": 9}], "rounds 1 to 9 are not all free; the run has 4"),
-        ([ENTRY, {**ENTRY, "first": 2, "last": 3}], "rounds 2 to 3 are not all free"),
-        ([{**ENTRY, "first": 3}], "rounds 3 to 2 are none"),
-        ([{**ENTRY, "records": ["0" * 64]}], "forgetting.records are not all in data.forget too"),
-        ([{**ENTRY, "clients": ["c1"]}], "forgetting: c1 forgets all it has, and would go on learning it; exclude it"),
-        ([{**ENTRY, "lss": "npo"}], "forgetting.lss is not a key; did you mean forgetting.loss"),
-        ([{**ENTRY, "max_norm": math.inf}], "forgetting.max_norm is 'inf'"),
-    ],
-)
-def test_a_configuration_that_says_it_wrongly_is_refused(tmp_path: Path, entries: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config_of(tmp_path, forgetting=entries, clients={"count": 6, "exclude": ["c0"]})
-
-
-def test_a_configuration_that_names_what_is_not_there_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    clients = {"count": 6, "exclude": ["c0"]}
-    for entry, message in (
-        ({**ENTRY, "loss": "nop"}, "forget loss: nop is not known; did you mean npo?"),
-        ({**ENTRY, "clients": ["c0", "x"], "records": ["0" * 64]}, "forgetting.clients: there is no client x"),
-    ):
-        config = config_of(tmp_path / "run", forgetting=[entry], clients=clients, data__forget=entry.get("records", []))
-        with pytest.raises(ConfigError, match=message):
-            launch.run(config, quiet, overwrite=True)
-
-
-def test_the_command_does_it(run: Path) -> None:
-    keys = run.parent / "keys"
-    words = ["unlearn", "run", str(run), "--client", "c4", "--key", str(keys / "officer"), "--authorised", str(keys)]
-    words += ["--action", "gradient_difference"]
-    for option in ("steps=3", "repair_rounds=1", "gate=false", "limit=1.2"):
-        words += ["--option", option]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
-    assert "client c4 taken out at level S" in done.output
-    assert read_config(run).forgetting[0].options == {"limit": 1.2}
