@@ -96,7 +96,8 @@ def plan(
         typer.echo("no round used it")
     else:
         begin = "the start" if found.start is None else f"the checkpoint of round {found.start}"
-        typer.echo(f"first used in round {found.first} of {found.rounds}; a rollback begins from {begin}")
+        used = "another run without it from" if request.kind == "task" else "first used in"
+        typer.echo(f"{used} round {found.first} of {found.rounds}; a rollback begins from {begin}")
     typer.echo("".join(f"not E1: {doubt}\n" for doubt in found.doubts), nl=False)
     size = human_bytes(kept["bytes"])
     listed = rounds_in_words(kept["rounds"]) if kept["rounds"] else ""

@@ -20,6 +20,7 @@ from fedlora.config import RunConfig
 from fedlora.continual.course import Course
 from fedlora.continual.merging import build_merging
 from fedlora.errors import CheckpointError, UnlearningError
+from fedlora.plugins import load_plugins
 from orchestrator import launch
 from orchestrator.checkpoint import load, load_latest
 from orchestrator.opening import open_federation
@@ -172,6 +173,7 @@ def _booked(state: RunState, rows: Sequence[Mapping[str, Any]]) -> RunState:
 def _scored(config: RunConfig, state: RunState, listen: Listener) -> RunState:
     """Scored once more: the rounds after the tasks were scored on their rows too."""
     assert state.stream is not None
+    load_plugins(config.plugins)
     with closing(open_pool(config)) as pool:
         fed, _ = open_federation(config, pool, listen)
         found = evaluate_global(fed.now(state), state)

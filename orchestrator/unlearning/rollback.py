@@ -28,13 +28,7 @@ from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
 from orchestrator.unlearning.targets import owners_of, rows_with_labels
-from orchestrator.unlearning.tasks import (
-    course_of,
-    parting,
-    rows_without,
-    unplayed_rounds,
-    without_tasks,
-)
+from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks
 
 COMPARED = ("fedlora", "python", "versions", "cpu", "machine", "plugins")
 UNTIMED = ("uniform", "weighted", "round_robin", "poisson", "power_of_choice")  # rules of selection that see no clock
@@ -122,20 +116,19 @@ def plan_rollback(
     rows = rounds_played(folder, state)
     owners, emptied = owners_of(config, without(config, records=records)) if records else ([], [])
     if tasks:
-        without(config, tasks=tasks)  # a stream that mixes its tasks says so
         first = parting(config, state, tasks)
+        without(config, tasks=tasks)  # a stream that mixes its tasks says so
     else:
         first = _first_part(config, rows, {*clients, *owners}, bool(records), state)
     if first is None and knows(state, clients):
         first = 1  # the rows say nothing, and the state does
     start = _start(folder, first, clients) if first is not None else state.round
-    first = first if first is None else max(first, 1)
+    first = 1 if first == 0 else first  # not even the start can be kept
     doubts = _doubts(folder, config, rows, start or 0)
     gone = tuple(sorted({*clients, *emptied}))
     found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
-    unplayed = unplayed_rounds(config, state, tasks)
-    level = "E2" if doubts else "E1"
-    return Rollback(*found, level, tuple(doubts), tuple(sorted(tasks)), tuple(unplayed))
+    unplayed = tuple(unplayed_rounds(config, state, tasks))
+    return Rollback(*found, "E2" if doubts else "E1", tuple(doubts), tuple(sorted(tasks)), unplayed)
 
 
 def replay(folder: Path, plan: Rollback, work: Path, listen: Listener) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from orchestrator.cli import app
 from orchestrator.stores.files import read_config, read_json, read_lines
 from orchestrator.unlearning.certificate import verify_certificate
 from orchestrator.unlearning.execute import carry_out, estimates
+from orchestrator.unlearning.provenance import read_provenance
 from orchestrator.unlearning.requests import find_request, identity, receive
-from orchestrator.unlearning.rollback import plan_rollback, without
+from orchestrator.unlearning.rollback import plan_rollback, replay, without
 from tests.conftest import quiet, toy_config
 
 ISOLATED = {"isolated": True}
@@ -96,6 +97,7 @@ def taken_out(kept: Any, keys: Path, folder: Path, action: str, tasks: tuple[str
     ]
     assert not any(task in (folder / "metrics.jsonl").read_text() for task in tasks)
     assert verify_certificate(folder, name, authorised([keys])) == []
+    assert not any("has no row" in gap for gap in read_provenance(folder).gaps)
     launch.resume(folder, quiet)  # it is a finished run, and stays one
     return str(find_request(folder, name).level)
 
@@ -135,6 +137,22 @@ def test_dropping_isolated_tasks_leaves_the_others_as_they_were(kept: Any) -> No
     gone = {"adapter/task2/adapter_model.safetensors"}
     assert before.keys() - control.keys() == gone
     assert {path: before[path] for path in control} == control
+
+
+@pytest.mark.slow
+def test_a_client_can_go_after_a_task_has_gone(kept: Any, keys: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(kept(("task2",)), folder)
+    target = read_lines(folder / "metrics.jsonl")[-1]["selected"][0]
+    plan = plan_rollback(folder, [target])
+    assert plan.unplayed == (2,)
+    assert (
+        plan.cost == len([row for row in read_lines(folder / "metrics.jsonl") if row["round"] > (plan.start or 0)]) / 2
+    )
+    replay(folder, plan, tmp_path / "replay", quiet)
+    control = without(stream_of(tmp_path / "control"), [target], tasks=("task2",))
+    launch.run(control, quiet)
+    assert adapters(tmp_path / "replay") == adapters(tmp_path / "control")
 
 
 def test_a_task_that_others_build_on_is_not_dropped(kept: Any, keys: Path, tmp_path: Path) -> None:
