@@ -89,7 +89,6 @@ class Forget(Approximate):
         return self.forget_rounds + self.repair_rounds
 
     def check(self, folder: Path, plan: Rollback) -> None:
-        super().check(folder, plan)
         config = read_config(folder)
         if config.attack:
             raise UnlearningError(f"{self.name} trusts the owners to forget, and this run simulates attackers")
@@ -102,6 +101,7 @@ class Forget(Approximate):
                 f"{self.name}: {config.strategy_name} moves the adapter into the base, so that its norm says nothing;"
                 " give max_norm, such as --option max_norm=1"
             )
+        super().check(folder, plan)  # which may read rows
 
     def change(self, job: Job, plan: Rollback, state: RunState) -> tuple[RunConfig, RunState]:
         before = read_config(job.folder)

@@ -64,10 +64,12 @@ def run(learned: Path, tmp_path: Path) -> Path:
     return moved(learned, tmp_path / "run")
 
 
-def ask(folder: Path, action: str, options: Mapping[str, Any], client: str = "c4", records: Any = ()) -> str:
-    """A request for a client, or for records, noted and not carried out."""
+def ask(
+    folder: Path, action: str, options: Mapping[str, Any], client: str = "c4", records: Any = (), label: str = ""
+) -> str:
+    """A request for a client, for records or for a class, noted and not carried out."""
     keys = folder.parent / "keys"
-    kind, target = ("records", tuple(records)) if records else ("client", (client,))
+    kind, target = ("records", tuple(records)) if records else ("class", (label,)) if label else ("client", (client,))
     wanted = Request(kind, target, action, options=options)
     return receive(folder, sign_request(wanted, identity(folder), load_key(keys / "officer")), authorised([keys])).id
 
@@ -165,6 +167,19 @@ def test_records_are_forgotten_by_their_owners_who_retain_their_other_rows(run: 
     assert {client: list(rows) for client, rows in left.items()} == kept
 
 
+@pytest.mark.slow
+def test_a_class_is_forgotten_by_everybody_who_has_it(run: Path) -> None:
+    corpus = ClientRuntime(read_config(run)).corpus
+    labels = corpus.train["label"][:]
+    owners = [client for client, rows in corpus.shards.items() if any(labels[row] == "food" for row in rows)]
+    found = forget(run, "npo", label="food")
+    assert sorted(found) == owners == asked(run)[6]
+    told = [losses_as_told(metrics) for metrics in found.values() if "retain_loss_after" in metrics]
+    assert all(rose["forget"] > rose["retain"] for rose in told)
+    left = ClientRuntime(read_config(run)).corpus
+    assert "food" not in {labels[row] for rows in left.shards.values() for row in rows}
+
+
 def losses_as_told(metrics: Mapping[str, float]) -> dict[str, float]:
     """By how much the losses of a client rose."""
     return {kind: metrics[f"{kind}_loss_after"] - metrics[f"{kind}_loss_before"] for kind in ("forget", "retain")}
@@ -209,7 +224,8 @@ def test_the_command_does_it(run: Path) -> None:
         words += ["--option", option]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert "client c4 taken out at level S" in done.output
+    assert "R1: client c4" in done.output
+    assert "level S" in done.output
     assert read_config(run).forgetting[0].options == {"limit": 1.2}
 
 
