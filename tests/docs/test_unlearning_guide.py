@@ -14,8 +14,6 @@ from orchestrator.stores.files import read_config, read_lines
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "unlearning.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines()]
-
-
 # what a plan says, by its target
 PLANNED = {
     "c3": ["first used in round 4 of 6; a rollback begins from the checkpoint of round 3", "rollback       E1"],
