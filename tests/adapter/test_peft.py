@@ -228,7 +228,7 @@ def test_a_refused_state_changes_nothing() -> None:
         ({"A", "B"}, ("lora_A.one.weight", "lora_B.one.weight")),
         (set(), ()),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) or "nothing",
 )
 def test_exactly_the_parts_asked_for_get_gradients(parts: set, endings: tuple) -> None:
     model = adapted(bert)
