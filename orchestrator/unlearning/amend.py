@@ -11,24 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from fedlora.config import RunConfig, parse_config
-from fedlora.errors import UnlearningError
 from orchestrator import launch
-from orchestrator.checkpoint import load_latest
 from orchestrator.state import RunState
-from orchestrator.unlearning.job import Job, is_finished
+from orchestrator.unlearning.job import Job
 from orchestrator.unlearning.rollback import Rollback, build, clean_states, without
-
-
-def last_state(job: Job) -> RunState:
-    """The state of a finished run.
-
-    Raises:
-        UnlearningError: if it is not finished.
-    """
-    state, _ = load_latest(job.folder)
-    if state is None or not is_finished(job.folder):
-        raise UnlearningError(f"{job.folder} is not finished; let it end, or use rollback, which need not wait for it")
-    return state
 
 
 def amended(state: RunState, clients: Collection[str]) -> RunState:

@@ -12,9 +12,9 @@ from fedlora.errors import ConfigError, UnlearningError, VerificationError
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config
 from orchestrator.unlearning.actions import Facts, UnlearningAction
-from orchestrator.unlearning.amend import last_state, longer, play_on
+from orchestrator.unlearning.amend import longer, play_on
 from orchestrator.unlearning.gate import pass_gate
-from orchestrator.unlearning.job import Job
+from orchestrator.unlearning.job import Job, finished_state
 from orchestrator.unlearning.rollback import Rollback
 from orchestrator.unlearning.samples import choose_rows
 
@@ -44,6 +44,7 @@ class Approximate(UnlearningAction):
         config = read_config(folder)
         if config.continual:
             raise UnlearningError(f"{self.name} does not know streams of tasks; use rollback")
+        finished_state(folder)
         if not self.gate:
             return
         if compose(config.strategy).traits.personal:
@@ -65,7 +66,7 @@ class Approximate(UnlearningAction):
         return self.rounds / max(plan.rounds, 1)
 
     def make(self, job: Job, plan: Rollback) -> Facts:
-        config, state = self.change(job, plan, last_state(job))
+        config, state = self.change(job, plan, finished_state(job.folder))
         summary = play_on(job, plan, config, state)
         told = {"level": self.planned_level, "rounds_played": self.rounds}
         return told | {"adapter_sha256": summary["adapter_sha256"]}

@@ -30,7 +30,7 @@ from orchestrator.state import RunState, Totals
 from orchestrator.stores.files import read_config
 from orchestrator.unlearning.actions import ACTIONS, Facts
 from orchestrator.unlearning.exact import RollBack
-from orchestrator.unlearning.job import Job, is_finished
+from orchestrator.unlearning.job import Job, finished_state
 from orchestrator.unlearning.provenance import read_provenance
 from orchestrator.unlearning.rollback import Listener, Rollback, build, rounds_played, states_before, without
 from orchestrator.unlearning.tasks import course_of, rows_without, without_tasks
@@ -44,9 +44,7 @@ class Drop(RollBack):
     by = "ledger"
 
     def check(self, folder: Path, plan: Rollback) -> None:
-        state, _ = load_latest(folder)
-        if state is None or not is_finished(folder):
-            raise UnlearningError(f"{folder} is not finished; let it end, or use rollback, which need not wait for it")
+        state = finished_state(folder)
         graph, course = read_provenance(folder), course_of(read_config(folder), state)
         after = {other for task in plan.tasks for other in graph.dependents(graph.root("task", task))}
         if after := after - set(plan.tasks):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.errors import UnlearningError
 from fedlora.unlearning.standing import Standing
 from orchestrator.checkpoint import load_latest
 from orchestrator.lease import Lease
@@ -66,6 +67,18 @@ def is_finished(folder: Path) -> bool:
     state, _ = load_latest(folder)
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     return state is not None and summary.get("status") == "finished"
+
+
+def finished_state(folder: Path) -> RunState:
+    """The state of a run that has played all its rounds.
+
+    Raises:
+        UnlearningError: if it has not.
+    """
+    state, _ = load_latest(folder)
+    if state is None or not is_finished(folder):
+        raise UnlearningError(f"{folder} is not finished; let it end, or use rollback, which need not wait for it")
+    return state
 
 
 def put_in_use(folder: Path, state: RunState) -> Path:

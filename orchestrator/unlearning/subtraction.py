@@ -18,7 +18,6 @@ from fedlora.aggregation.staleness import Staleness
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, UnlearningError
 from fedlora.unlearning.negation import entered, negate, task_vector
-from orchestrator.checkpoint import load_latest
 from orchestrator.patches import within_budget
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, write_json
@@ -33,7 +32,7 @@ from orchestrator.unlearning.again import (
     trace,
 )
 from orchestrator.unlearning.approximate import Approximate
-from orchestrator.unlearning.job import Job, is_finished
+from orchestrator.unlearning.job import Job, finished_state
 from orchestrator.unlearning.rollback import Rollback
 from orchestrator.unlearning.traces import rounds_in_words
 
@@ -45,9 +44,7 @@ class FromLog(Approximate):
 
     def check(self, folder: Path, plan: Rollback) -> None:
         super().check(folder, plan)
-        config, (state, _) = read_config(folder), load_latest(folder)
-        if state is None or not is_finished(folder):
-            raise UnlearningError(f"{self.name} goes on from a finished run; let it end, or use rollback")
+        config, state = read_config(folder), finished_state(folder)
         traced = trace(folder, state, plan.clients)
         if not traced.used:
             raise UnlearningError(f"{self.name}: no update of it was ever used; rollback takes it out at no cost")

@@ -287,7 +287,7 @@ def test_a_damaged_log_and_a_client_without_updates_are_refused_before_anything_
     told = read_json(manifest)
     plan, summary = plan_rollback(folder, ["c0"]), read_json(folder / "summary.json")
     write_json(folder / "summary.json", {**summary, "status": "interrupted"})
-    with pytest.raises(UnlearningError, match="subtract goes on from a finished run; let it end, or use rollback"):
+    with pytest.raises(UnlearningError, match="is not finished; let it end, or use rollback"):
         Subtract(gate=False).check(folder, plan)
     write_json(folder / "summary.json", summary)
     log_file(folder, 2).write_bytes(b"no zip")
