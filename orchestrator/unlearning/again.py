@@ -33,7 +33,7 @@ class Traced:
     """Rounds, by what the log has of a target.
 
     Attributes:
-        used: those whose aggregation took an update of it.
+        used: those whose aggregation took an update of it. Not forget rounds: what it sent there took itself away.
         needed: the first of them and every later one that aggregated anything.
         present: rounds that are in the log.
     """
@@ -74,9 +74,10 @@ def trace(folder: Path, state: RunState, clients: Collection[str]) -> Traced:
     Raises:
         UnlearningError: if its manifest is malformed.
     """
-    admitted = {row["round"]: row["admitted"] for row in rounds_played(folder, state)}
-    used = tuple(number for number, names in admitted.items() if set(names) & set(clients))
-    needed = tuple(number for number, names in admitted.items() if used and number >= used[0] and names)
+    rows = rounds_played(folder, state)
+    took = [row for row in rows if set(row["admitted"]) & set(clients)]
+    used = tuple(row["round"] for row in took if not row.get("forgets"))
+    needed = tuple(row["round"] for row in rows if used and row["round"] >= used[0] and row["admitted"])
     return Traced(used, needed, frozenset(read_log(folder).entries))
 
 

@@ -47,7 +47,7 @@ class FromLog(Approximate):
         config, state = read_config(folder), finished_state(folder)
         traced = trace(folder, state, plan.clients)
         if not traced.used:
-            raise UnlearningError(f"{self.name}: no update of it was ever used; rollback takes it out at no cost")
+            raise UnlearningError(f"{self.name}: no round learned from an update of it; use rollback")
         if not traced.present:
             raise UnlearningError(
                 f"{self.name} needs the contribution log, and this run kept none; use rollback. A run keeps one with"

@@ -188,6 +188,17 @@ def test_a_client_is_taken_out_by_its_updates_and_the_log_forgets_them(
         Subtract(gate=False).check(folder, plan_rollback(folder, ["c2"]))
 
 
+def test_a_forget_round_is_not_undone(tmp_path: Path, keys: Path) -> None:
+    folder = played(tmp_path / "run")
+    take_out(folder, keys, "c1", "npo", steps=1)
+    # its own round has left the log with the first request, and its forget round is there
+    assert list(read_log(folder).entries) == [1, 2, 4, 5]
+    plan = plan_rollback(folder, ["c1"])
+    assert trace(folder, last(folder), ["c1"]).used == (3,)
+    with pytest.raises(UnlearningError, match="negation: it was used in round 3, and the contribution log has none"):
+        Negation(gate=False).check(folder, plan)
+
+
 def _killed(folder: str, keys: str, action: str, place: str) -> None:
     os.environ["FEDLORA_FAILPOINT"] = place
     take_out(Path(folder), Path(keys), "c1", action)
@@ -281,7 +292,7 @@ def test_what_the_log_or_the_strategy_cannot_do_is_said_in_a_sentence(
 
 def test_a_damaged_log_and_a_client_without_updates_are_refused_before_anything_is_done(tmp_path: Path) -> None:
     folder = played(tmp_path / "run", clients={"joins": {"c1": 9}})
-    with pytest.raises(UnlearningError, match="subtract: no update of it was ever used; rollback takes it out at no"):
+    with pytest.raises(UnlearningError, match="subtract: no round learned from an update of it; use rollback"):
         Subtract(gate=False).check(folder, plan_rollback(folder, ["c1"]))
     manifest = folder / "contributions" / "manifest.json"
     told = read_json(manifest)
