@@ -105,6 +105,24 @@ def test_nothing_is_certified_before_its_purge_or_while_purged_content_is_there(
     assert verify_certificate(run, "R1", keys) == ["R1 is purged; it has no certificate"]
 
 
+def test_what_a_later_request_drew_anew_from_a_seed_is_no_trace(
+    certified: Path, officer: Ed25519PrivateKey, keys: Keys
+) -> None:
+    content = "{}"  # of the checkpoint that R1 purged
+    (certified / "private.json").write_text(content)
+    assert len(verify_certificate(certified, "R1", keys)) == 1
+    name, outcome = purge(certified, officer, keys, "c2")
+    write_certificate(certified, name, outcome, officer)
+    assert len(verify_certificate(certified, "R1", keys)) == 1  # R2 found it there
+    (certified / "private.json").unlink()
+    name, outcome = purge(certified, officer, keys, "c3")
+    fresh = certified / "checkpoints" / "round-0000" / "state.json"
+    fresh.parent.mkdir(parents=True)
+    fresh.write_text(content)
+    write_certificate(certified, name, outcome, officer)
+    assert verify_certificate(certified, "R1", keys) == []
+
+
 # Edits -------------------------------------------------------------------------------------------------------------
 
 CERTIFIED = ["unlearning/R1.json", "unlearning/R1.html", LOG, "journal.jsonl", ADAPTER, "config.yaml", "partition.json"]
