@@ -53,8 +53,8 @@ class Standing:
 
     @property
     def level(self) -> str | None:
-        """What was reached; None before the request was executed."""
-        return self.facts.get("executed", {}).get("level")
+        """What was reached; None before the request was executed, and where it was refused."""
+        return None if self.phase == REFUSED else self.facts.get("executed", {}).get("level")
 
     @property
     def reason(self) -> str | None:
@@ -64,7 +64,7 @@ class Standing:
     @property
     def erased(self) -> bool:
         """Whether its target is gone, at a level that may be called erasure."""
-        return self.phase != REFUSED and self.level in ERASES
+        return self.level in ERASES
 
 
 def fold(records: Iterable[Mapping[str, Any]]) -> dict[str, Standing]:

@@ -58,6 +58,17 @@ def test_a_request_goes_through_its_phases_and_the_log_remembers_each(
     assert check_log(run) == []
 
 
+def test_a_request_that_is_refused_after_it_was_carried_out_has_reached_no_level(
+    run: Path, officer: Ed25519PrivateKey, keys: Keys
+) -> None:
+    ask(run, officer, keys, "client", "c1")
+    for phase, facts in STEPS[:2]:
+        advance(run, "R1", phase, facts)
+    assert find_request(run, "R1").level == "E1"
+    refused = refuse(run, "R1", "verification: the gate rejects it")
+    assert (refused.phase, refused.level, refused.erased) == ("refused", None, False)
+
+
 def test_the_same_request_again_is_the_same_entry(run: Path, officer: Ed25519PrivateKey, keys: Keys) -> None:
     assert ask(run, officer, keys, "client", "c1", "c2").id == "R1"
     before = (run / LOG).read_bytes()
