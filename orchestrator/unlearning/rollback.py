@@ -21,12 +21,14 @@ from clients.private_state import PrivateState
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import CheckpointError, UnlearningError, nearest
 from fedlora.plugins import load_plugins
+from fedlora.unlearning.levels import ERASES
 from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
+from orchestrator.unlearning.requests import read_requests
 from orchestrator.unlearning.targets import owners_of, rows_with_labels
 from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks
 
@@ -124,7 +126,7 @@ def plan_rollback(
         first = 1  # the rows say nothing, and the state does
     start = _start(folder, first, clients) if first is not None else state.round
     first = 1 if first == 0 else first  # not even the start can be kept
-    doubts = _doubts(folder, config, rows, start or 0)
+    doubts = [*_doubts(folder, config, rows, start or 0), *_suppressed(folder, start or 0)]
     gone = tuple(sorted({*clients, *emptied}))
     found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
     unplayed = tuple(unplayed_rounds(config, state, tasks))
@@ -294,6 +296,25 @@ def _doubts(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]], 
     if lost and config.fleet is None:
         doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")
     return doubts
+
+
+def _suppressed(folder: Path, start: int) -> list[str]:
+    """Targets that the state after round ``start`` has learned from all the same, a sentence each."""
+    held = {}
+    for known in read_requests(folder).values():
+        if known.phase != "certified":
+            continue
+        noted = known.facts["planned"]["plan"]
+        if known.level in ERASES:  # what it played again was played without all who had left by then
+            began = noted["start"] or 0
+            held = {name: (first, told) for name, (first, told) in held.items() if first <= began}
+        else:  # where no round used the target, the state was changed at the end all the same
+            held[known.id] = (noted["first"] or noted["rounds"], f"{known.request} (level {known.level})")
+    return [
+        f"{name} only suppressed {told}, which is in the state after round {start} that the replay begins from"
+        for name, (first, told) in held.items()
+        if first <= start
+    ]
 
 
 def sessions(folder: Path) -> list[dict[str, Any]]:

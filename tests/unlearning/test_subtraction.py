@@ -199,6 +199,25 @@ def test_a_forget_round_is_not_undone(tmp_path: Path, keys: Path) -> None:
         Negation(gate=False).check(folder, plan)
 
 
+def test_a_replay_from_a_state_that_holds_a_suppressed_client_is_not_called_identical(
+    tmp_path: Path, keys: Path
+) -> None:
+    folder = played(tmp_path / "run", rounds=2, clients={"joins": {"c1": 4}})
+    take_out(folder, keys, "c2", "negation", repair_rounds=2)
+    plan = plan_rollback(folder, ["c1"])
+    assert (plan.first, plan.start, plan.level) == (4, 3, "E2")
+    assert plan.doubts == (
+        "R1 only suppressed client c2 (level S), which is in the state after round 3 that the replay begins from",
+    )
+    again = plan_rollback(folder, ["c2"])  # begins before c2 came
+    assert (again.start, again.level) == (0, "E1")
+    key, wanted = load_key(keys / "officer"), Request("client", ("c2",), "rollback")
+    name = receive(folder, sign_request(wanted, identity(folder), key), authorised([keys])).id
+    with launch.hold_run(read_config(folder), folder) as lease:
+        carry_out(folder, name, lease, key, quiet)
+    assert (plan_rollback(folder, ["c1"]).start, plan_rollback(folder, ["c1"]).level) == (3, "E1")
+
+
 def _killed(folder: str, keys: str, action: str, place: str) -> None:
     os.environ["FEDLORA_FAILPOINT"] = place
     take_out(Path(folder), Path(keys), "c1", action)
