@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,17 +16,17 @@ from fedlora.plugins import load_plugins
 from fedlora.unlearning.levels import LEVELS, UNPROVED
 from fedlora.unlearning.request import Request
 from fedlora.unlearning.standing import Standing
-from orchestrator import launch
-from orchestrator.checkpoint import checkpoints, load, load_latest
+from orchestrator.checkpoint import checkpoints, load
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
-from orchestrator.stores.files import JsonLines, file_sha256, read_config, read_json, write_json
+from orchestrator.stores.files import file_sha256, read_config, read_json, write_json
 from orchestrator.unlearning import drop, exact, forget_rounds, subtraction  # noqa: F401 - they register actions
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
 from orchestrator.unlearning.gate import measurements
-from orchestrator.unlearning.job import Job, Listener, is_finished, put_in_use
+from orchestrator.unlearning.job import ASIDE, Job, Listener, put_in_use
+from orchestrator.unlearning.journal import note_unlearned, take_over
 from orchestrator.unlearning.publish import publish
 from orchestrator.unlearning.requests import FOLDER, find_request, pending, refuse
 from orchestrator.unlearning.rollback import Rollback, plan_for
@@ -111,9 +110,12 @@ def _contain(job: Job) -> Standing:
     if not job.standing.request.now:
         return job.note("contained", {"adapter": "as it was; containment was not asked for"})
     plan, adapter = job.plan(), job.folder / "adapter"
-    if plan.first is None or not adapter.exists():
+    if plan.first is None or not (adapter.exists() or job.aside.exists()):
         return job.note("contained", {"adapter": "holds nothing of the target"})
-    shutil.rmtree(adapter)  # with the adapters of isolated tasks
+    if job.aside.exists():
+        shutil.rmtree(adapter, ignore_errors=True)  # half written before a crash
+    else:
+        adapter.rename(job.aside)  # with the adapters of isolated tasks
     if plan.start is None:
         return job.note("contained", {"adapter": "removed: there is none from before the target took part"})
     state = next(load(path) for path in checkpoints(job.folder) if path.name == f"round-{plan.start:04d}")
@@ -139,9 +141,10 @@ def withdraw(folder: Path, request: str, reason: str) -> Standing:
     standing = find_request(folder, request)
     if standing.phase in ("verified", "purged") or not standing.is_open:
         raise UnlearningError(f"{request} is {standing.phase}, which cannot be taken back")
-    state, _ = load_latest(folder)
-    if "contained" in standing.facts and standing.request.now and state is not None and is_finished(folder):
-        put_in_use(folder, state)
+    aside = folder / FOLDER / request / ASIDE
+    if aside.exists():
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        aside.rename(folder / "adapter")
     shutil.rmtree(folder / FOLDER / request, ignore_errors=True)
     measurements(folder, request).unlink(missing_ok=True)
     return refuse(folder, request, reason)
@@ -158,20 +161,15 @@ def _verify(job: Job) -> Standing:
 
 def _purge(job: Job) -> Standing:
     plan = job.plan()
+    take_over(job.folder, job.work, job.request)
     publish(job.folder, job.work)
+    shutil.rmtree(job.aside, ignore_errors=True)
     after = set(snapshot(job.folder).values())
     before: dict[str, str] = read_json(job.space / "before.json")
     first = plan.first or math.inf
     purged = {path: digest for path, digest in before.items() if digest not in after and not _round_of(path) < first}
-    with closing(JsonLines(job.folder / "journal.jsonl")) as journal:
-        told = {
-            "request": job.request,
-            "clients": list(plan.clients),
-            "records": len(plan.records),
-            "tasks": list(plan.tasks),
-            "level": job.standing.level,
-        }
-        journal.append(launch.stamped("unlearned", told))
+    told = {"clients": list(plan.clients), "records": len(plan.records), "tasks": list(plan.tasks)}
+    note_unlearned(job.folder, job.request, told | {"level": job.standing.level})
     return job.note("purged", {"files": purged})
 
 

@@ -19,6 +19,7 @@ from orchestrator.unlearning.rollback import Rollback
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 WEIGHTS = "adapter_model.safetensors"
+ASIDE = "adapter"  # in the space of a request: what was in use until it was contained
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Job:
     def work(self) -> Path:
         """Where the run without the target is made."""
         return self.space / "replay"
+
+    @property
+    def aside(self) -> Path:
+        """Where the adapters are that were in use before containment; a request that is taken back returns them."""
+        return self.space / ASIDE
 
     def note(self, phase: str, facts: Mapping[str, Any]) -> Standing:
         """The request has reached its next phase."""

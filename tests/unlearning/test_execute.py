@@ -22,7 +22,7 @@ from orchestrator.checkpoint import load_latest
 from orchestrator.cli import app
 from orchestrator.stores.files import read_config, read_json, read_lines
 from orchestrator.unlearning.certificate import verify_certificate
-from orchestrator.unlearning.execute import carry_out
+from orchestrator.unlearning.execute import carry_out, withdraw
 from orchestrator.unlearning.requests import find_request, identity, read_requests, receive
 from orchestrator.unlearning.rollback import plan_rollback
 from tests.conftest import quiet
@@ -102,6 +102,7 @@ def test_containment_puts_an_adapter_without_the_client_in_use_first(
 PLACES = [
     *(f"request.{phase}:1" for phase in ("planned", "contained", "executed", "verified", "purged")),
     *("round.aggregated:3", "publish.removed.checkpoints:0", "publish.moved.checkpoints:0"),
+    *("journal.taken:3", "journal.told:0"),
     *("publish.moved.config.yaml:0", "publish.done:0", "certificate.written:1", "certificate.shown:1"),
 ]
 FAST = ("publish.moved.checkpoints:0",)
@@ -130,6 +131,9 @@ def test_kill_9_in_any_phase_then_the_same_command_ends_the_same(
     assert adapter_of(run) == control(config, tmp_path / "control", target)
     assert verify_certificate(run, name, authorised([keys])) == []
     assert list(read_requests(run)) == [name]
+    journal = [line for line in read_lines(run / "journal.jsonl") if line.get("request") == name]
+    assert [line["round"] for line in journal if line["event"] == "round_committed"] == [2, 3, 4]
+    assert [line["event"] for line in journal].count("unlearned") == 1
     assert sorted(path.name for path in (run / "unlearning").iterdir()) == [
         *(".lock", f"{name}.html", f"{name}.json", "requests.jsonl")
     ]
@@ -298,6 +302,40 @@ def test_a_quorum_is_of_those_who_can_still_be_asked(keys: Path, tmp_path: Path)
     launch.run(config, quiet)
     finish(tmp_path / "run", keys, request(tmp_path / "run", keys, "c2"))
     assert all(len(row) == 5 for row in asked(tmp_path / "run"))
+
+
+def test_what_was_replayed_on_another_machine_is_known_to_later_requests(
+    run: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = launch.facts
+    with monkeypatch.context() as there:
+        there.setattr(launch, "facts", lambda *args: {**here(*args), "cpu": "another"})
+        finish(run, keys, request(run, keys, asked(run)[1][0]))
+    plan = plan_rollback(run, ["c1"])
+    assert (plan.level, plan.doubts) == ("E2", ("a session was played with another cpu",))
+
+
+def test_isolated_tasks_get_all_their_adapters_back_when_a_request_is_taken_back(keys: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launch.run(config_of(folder, continual={"split": 2, "rounds": 1, "isolated": True}, rounds=2), quiet)
+
+    def adapters() -> dict[str, bytes]:
+        files = sorted((folder / "adapter").rglob("*.safetensors"))
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    def stop(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "unlearning" and fields["phase"] == "contained":
+            raise KeyboardInterrupt
+
+    before = adapters()
+    name = request(folder, keys, asked(folder)[1][0], now=True)
+    with pytest.raises(KeyboardInterrupt):
+        finish(folder, keys, name, stop)
+    assert adapters() != before
+    with launch.hold_run(read_config(folder), folder):
+        withdraw(folder, name, "asked by mistake")
+    assert adapters() == before
+    assert len(before) == 3
 
 
 def test_a_request_can_be_taken_back_until_it_is_carried_out(run: Path, keys: Path) -> None:
