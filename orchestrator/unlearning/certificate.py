@@ -257,7 +257,8 @@ def _about_logs(folder: Path, statement: Mapping[str, Any]) -> list[str]:
 
 
 def _about_artefacts(folder: Path, standing: Standing, statement: Mapping[str, Any], keys: Keys) -> list[str]:
-    expected, made = dict(statement["artefacts"]["after"]), set()
+    expected: dict[str, str | None] = dict(statement["artefacts"]["after"])
+    made: set[str] = set()
     for later in _later(folder, standing):
         certificate, problems = _read(folder, later, keys)
         if certificate is not None and not problems:

@@ -10,17 +10,9 @@ from fedlora.errors import UnlearningError
 from orchestrator.checkpoint import load_latest
 from orchestrator.stores.files import read_config, read_lines
 from orchestrator.unlearning.actions import ACTIONS, Facts, UnlearningAction
+from orchestrator.unlearning.doubts import COMPARED, sessions, threads
 from orchestrator.unlearning.job import Job, is_finished
-from orchestrator.unlearning.rollback import (
-    COMPARED,
-    Rollback,
-    knows,
-    prepare,
-    replay,
-    rounds_played,
-    sessions,
-    threads,
-)
+from orchestrator.unlearning.rollback import Rollback, knows, prepare, replay, rounds_played
 
 
 @ACTIONS.register("rollback")

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlora.aggregation import compose
 from fedlora.errors import ConfigError, RoundError, UnlearningError, VerificationError
 from fedlora.plugins import load_plugins
-from fedlora.unlearning.levels import LEVELS, UNPROVED
+from fedlora.unlearning.levels import ERASES, LEVELS, UNPROVED
 from fedlora.unlearning.request import Request
 from fedlora.unlearning.standing import Standing
 from orchestrator.checkpoint import checkpoints, load
@@ -24,7 +24,7 @@ from orchestrator.unlearning import drop, exact, forget_rounds, subtraction  # n
 from orchestrator.unlearning.actions import ACTIONS, action_of
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
-from orchestrator.unlearning.gate import measurements
+from orchestrator.unlearning.gate import kept_measurements, measurements, stale
 from orchestrator.unlearning.job import ASIDE, Job, Listener, put_in_use
 from orchestrator.unlearning.journal import note_unlearned, take_over
 from orchestrator.unlearning.publish import publish
@@ -168,6 +168,11 @@ def _purge(job: Job) -> Standing:
     before: dict[str, str] = read_json(job.space / "before.json")
     first = plan.first or math.inf
     purged = {path: digest for path, digest in before.items() if digest not in after and not _round_of(path) < first}
+    if job.standing.level in ERASES:
+        measured = stale(job.folder, plan)
+        for path in measured:
+            (job.folder / path).unlink(missing_ok=True)
+        purged |= measured
     told = {"clients": list(plan.clients), "records": len(plan.records), "tasks": list(plan.tasks)}
     note_unlearned(job.folder, job.request, told | {"level": job.standing.level})
     return job.note("purged", {"files": purged})
@@ -190,6 +195,8 @@ def _certify(job: Job, standing: Standing, key: Ed25519PrivateKey) -> None:
     residual.append("The journal goes on saying who took part in which round, and with which numbers.")
     if standing.facts["planned"]["plan"]["records"]:
         residual.append("The rows stay where their client keeps them; this configuration leaves them out.")
+    if standing.level in ERASES:
+        residual += kept_measurements(job.folder)
     if standing.request.kind == "class":
         residual.append("The labels stay in the model's label set, so that nothing changes its shape.")
     if standing.request.kind == "task":

@@ -22,7 +22,7 @@ from orchestrator.stores.files import file_sha256, read_config, read_json, write
 from orchestrator.unlearning.controls import train_controls
 from orchestrator.unlearning.job import Job
 from orchestrator.unlearning.measuring import lesson_for, serve
-from orchestrator.unlearning.requests import FOLDER, find_request
+from orchestrator.unlearning.requests import FOLDER, find_request, read_requests
 from orchestrator.unlearning.rollback import Rollback
 from orchestrator.unlearning.samples import Rows, choose_rows, encoded, rows_of, trained_on
 
@@ -82,6 +82,47 @@ def measurements(folder: Path, request: str) -> Path:
     return folder / FOLDER / f"{request}.measured.json"
 
 
+def stale(folder: Path, plan: Rollback) -> dict[str, str]:
+    """SHA-256, by path in the run folder, of what earlier requests measured on rows that a plan takes out."""
+    return {
+        _name(known): noted
+        for known in _measured(folder)
+        if (noted := _noted(known)) and _overlaps(known.facts["planned"]["plan"], plan)
+    }
+
+
+def kept_measurements(folder: Path) -> list[str]:
+    """What measurements still tell once a target is erased, a sentence each."""
+    return [
+        f"{_name(known)} keeps the losses of rows by their places, as they were when {known.id} was judged; rows of the"
+        " target may be among those that were to be kept then."
+        for known in _measured(folder)
+    ]
+
+
+def _measured(folder: Path) -> list[Standing]:
+    """Certified requests whose measurements no later one has purged."""
+    known = [standing for standing in read_requests(folder).values() if standing.phase == "certified"]
+    return [standing for standing in known if _noted(standing) and not _purged_by(folder, standing)]
+
+
+def _overlaps(earlier: Mapping[str, Any], plan: Rollback) -> bool:
+    """Whether rows that an earlier plan was to forget are among those that this one takes out."""
+    clients, records = set(plan.clients), set(plan.records)
+    whole = {*earlier["clients"], *earlier["owners"]} & clients
+    return bool(whole or set(earlier["records"]) & records or set(earlier["clients"]) & set(plan.owners))
+
+
+def _name(standing: Standing) -> str:
+    return f"{FOLDER}/{standing.id}.measured.json"
+
+
+def _purged_by(folder: Path, standing: Standing) -> str | None:
+    """The request whose purge took these measurements along."""
+    later = read_requests(folder).values()
+    return next((one.id for one in later if _name(standing) in one.facts.get("purged", {}).get("files", {})), None)
+
+
 @dataclass(frozen=True)
 class Present:
     """What the gate says of the run as it is now.
@@ -125,6 +166,8 @@ def look_again(folder: Path, request: str) -> Present | None:
             f"{request} reached level {standing.level} without a gate: no control was trained, so whether the target is"
             " still in the weights cannot be told"
         )
+    if by := _purged_by(folder, standing):
+        raise UnlearningError(f"{by} erased what {request} was about, and what was measured on it; verify {by} instead")
     content, config = read_json(measurements(folder, request)), read_config(folder)
     rows = Rows.from_json(content["rows"])
     controls = [Measured.from_json(one) for one in content["controls"]]
@@ -140,10 +183,13 @@ def look_again(folder: Path, request: str) -> Present | None:
 
 
 def altered(folder: Path, standing: Standing) -> list[str]:
-    """A sentence if the measurements of a request are not those that its verdict speaks of; empty where it has none."""
+    """A sentence if the measurements of a request are not those that its verdict speaks of; empty where it has none, or
+    where they went with what a later request erased."""
     path, noted = measurements(folder, standing.id), _noted(standing)
     if noted is None:
         return []
+    if by := _purged_by(folder, standing):
+        return [f"{path} was purged by {by}, and is there again"] if path.exists() else []
     if not path.is_file():
         return [f"{path} is missing"]
     return [] if file_sha256(path) == noted else [f"{path} was altered: it is not what the verdict was made from"]

@@ -20,20 +20,16 @@ from typing import Any
 from clients.private_state import PrivateState
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import CheckpointError, UnlearningError, nearest
-from fedlora.plugins import load_plugins
-from fedlora.unlearning.levels import ERASES
 from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
-from orchestrator.unlearning.requests import read_requests
+from orchestrator.unlearning.doubts import doubts_about
 from orchestrator.unlearning.targets import owners_of, rows_with_labels
 from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks
 
-COMPARED = ("fedlora", "python", "versions", "cpu", "machine", "plugins")
-UNTIMED = ("uniform", "weighted", "round_robin", "poisson", "power_of_choice")  # rules of selection that see no clock
 Listener = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -126,7 +122,7 @@ def plan_rollback(
         first = 1  # the rows say nothing, and the state does
     start = _start(folder, first, clients) if first is not None else state.round
     first = 1 if first == 0 else first  # not even the start can be kept
-    doubts = [*_doubts(folder, config, rows, start or 0), *_suppressed(folder, start or 0)]
+    doubts = doubts_about(folder, config, rows, start or 0)
     gone = tuple(sorted({*clients, *emptied}))
     found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
     unplayed = tuple(unplayed_rounds(config, state, tasks))
@@ -276,55 +272,6 @@ def _up_to(folder: Path, last: int) -> list[RunState]:
     if not states or states[-1].round != last:
         raise UnlearningError(f"{folder}: the checkpoint of round {last} is not there any more; plan again")
     return states
-
-
-def _doubts(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]], start: int) -> list[str]:
-    """Reasons for which a replay may differ in bytes from a run that never had the clients."""
-    doubts = []
-    now = launch.facts(config, None, load_plugins(config.plugins))
-    if other := {key for line in sessions(folder) for key in COMPARED if line[key] != now[key]}:
-        doubts.append(f"a session was played with another {', '.join(sorted(other))}")
-    selection = config.clients.selection
-    rule = selection if isinstance(selection, str) else next(iter(selection))
-    if rule not in UNTIMED and config.fleet is None:
-        doubts.append(f"clients.selection: {rule} may go by how long clients took")
-    schedule = config.schedule
-    loose = schedule.mode == "async" or schedule.deadline_s is not None or schedule.over_selection > 1
-    if loose and config.fleet is None:
-        doubts.append("which answers came in time was left to a real clock")
-    lost = [row["round"] for row in rows if row["round"] <= start and (row["failed"] or row["late"])]
-    if lost and config.fleet is None:
-        doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")
-    return doubts
-
-
-def _suppressed(folder: Path, start: int) -> list[str]:
-    """Targets that the state after round ``start`` has learned from all the same, a sentence each."""
-    held = {}
-    for known in read_requests(folder).values():
-        if known.phase != "certified":
-            continue
-        noted = known.facts["planned"]["plan"]
-        if known.level in ERASES:  # what it played again was played without all who had left by then
-            began = noted["start"] or 0
-            held = {name: (first, told) for name, (first, told) in held.items() if first <= began}
-        else:  # where no round used the target, the state was changed at the end all the same
-            held[known.id] = (noted["first"] or noted["rounds"], f"{known.request} (level {known.level})")
-    return [
-        f"{name} only suppressed {told}, which is in the state after round {start} that the replay begins from"
-        for name, (first, told) in held.items()
-        if first <= start
-    ]
-
-
-def sessions(folder: Path) -> list[dict[str, Any]]:
-    """What the journal says of the machine of every session."""
-    return [line for line in read_lines(folder / "journal.jsonl") if line["event"] in ("run_opened", "run_resumed")]
-
-
-def threads(folder: Path) -> set[int]:
-    """Threads that workers trained with, which the last bits of a sum depend on."""
-    return {line["threads"] for line in read_lines(folder / "journal.jsonl") if line["event"] == "worker_ready"}
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -196,6 +196,8 @@ def test_retain_rows_of_who_leaves_later_do_not_count(run: Path, keys: Path) -> 
     assert unlearn(run, keys, "honest").exit_code == 0
     before = look_again(run, "R1")
     assert unlearn(run, keys, "rollback", client="c2").exit_code == 0
+    told = read_json(run / "unlearning" / "R2.json")["statement"]["residual_risk"]
+    assert any(sentence.startswith("unlearning/R1.measured.json keeps the losses of rows") for sentence in told)
     found = look_again(run, "R1")
     assert before is not None
     assert found is not None
@@ -205,6 +207,18 @@ def test_retain_rows_of_who_leaves_later_do_not_count(run: Path, keys: Path) -> 
     assert result.output == "R2: what is left never had the target, so there is nothing to measure\n"
     told = json.loads(call("verify", run, keys, "--request", "R1", "--gate", "--json").output)
     assert (told["request"], told["gate"]["round"], told["gate"]["passed"]) == ("R1", 6, found.verdict.passed)
+
+
+@pytest.mark.slow
+def test_what_was_measured_goes_when_the_same_client_is_erased(run: Path, keys: Path) -> None:
+    assert unlearn(run, keys, "honest").exit_code == 0
+    assert unlearn(run, keys, "rollback").exit_code == 0
+    assert not (run / "unlearning" / "R1.measured.json").exists()
+    statement = read_json(run / "unlearning" / "R2.json")["statement"]
+    assert "unlearning/R1.measured.json" in statement["purged"]
+    assert not any("measured.json" in sentence for sentence in statement["residual_risk"])
+    for name in ("R1", "R2"):
+        assert call("verify", run, keys, "--request", name).exit_code == 0
 
 
 def _killed_in_the_second_control(run: str, keys: str) -> None:

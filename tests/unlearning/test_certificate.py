@@ -1,10 +1,12 @@
 """Certificates: what they say, and that no edit of them or of what they speak of goes unseen."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import re
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,13 @@ from fedlora.unlearning.canonical import canonical, digest
 from fedlora.unlearning.chain import link
 from fedlora.unlearning.keys import Keys, fingerprint, sign
 from fedlora.unlearning.request import Request, sign_request
-from orchestrator.stores.files import open_folder, read_config
+from orchestrator.stores.files import file_sha256, open_folder, read_config
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, verify_certificate, write_certificate
 from orchestrator.unlearning.certificate_page import certificate_page
+from orchestrator.unlearning.gate import altered, kept_measurements, look_again, measurements, stale
 from orchestrator.unlearning.requests import LOG, advance, find_request, identity, receive
+from orchestrator.unlearning.rollback import Rollback
 
 FORK = multiprocessing.get_context("fork")
 VERDICT = {"passed": True, "forget": {"auc": 0.51, "n": 120, "tests": ["loss", "min-k"]}, "note": "<b>5 & 6</b>"}
@@ -121,6 +125,41 @@ def test_what_a_later_request_drew_anew_from_a_seed_is_no_trace(
     fresh.write_text(content)
     write_certificate(certified, name, outcome, officer)
     assert verify_certificate(certified, "R1", keys) == []
+
+
+def test_measurements_go_with_the_rows_they_were_made_on(run: Path, officer: Ed25519PrivateKey, keys: Keys) -> None:
+    def carry_out(client: str, level: str, measured: str = "") -> None:
+        name = receive(
+            run,
+            sign_request(Request("client", (client,), "npo" if level == "A" else "rollback"), identity(run), officer),
+            keys,
+        ).id
+        plan = Rollback((client,), (), (), 1, 0, 2, level)
+        purged: dict[str, str] = {}
+        if measured:
+            measurements(run, name).write_text(measured)
+        elif purged := stale(run, plan):
+            for path in purged:
+                (run / path).unlink()
+        told = {"measurements_sha256": file_sha256(measurements(run, name))} if measured else {}
+        phases = {"planned": {"plan": asdict(plan)}, "executed": {"level": level}, "verified": told}
+        for phase, facts in {**phases, "purged": {"files": purged}, "certified": {}}.items():
+            advance(run, name, phase, facts)
+
+    carry_out("c1", "A", "losses of c1")
+    carry_out("c2", "A", "losses of c2")
+    assert list(stale(run, Rollback(("c3",), (), (), 1, 0, 2, "E1"))) == []
+    carry_out("c1", "E1")
+    assert find_request(run, "R3").facts["purged"]["files"] == {
+        "unlearning/R1.measured.json": hashlib.sha256(b"losses of c1").hexdigest()
+    }
+    assert altered(run, find_request(run, "R1")) == []
+    with pytest.raises(UnlearningError, match="R3 erased what R1 was about, and what was measured on it; verify R3"):
+        look_again(run, "R1")
+    (sentence,) = kept_measurements(run)
+    assert sentence.startswith("unlearning/R2.measured.json keeps the losses of rows by their places")
+    measurements(run, "R1").write_text("losses of c1")
+    assert "was purged by R3, and is there again" in altered(run, find_request(run, "R1"))[0]
 
 
 # Edits -------------------------------------------------------------------------------------------------------------
