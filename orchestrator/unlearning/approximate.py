@@ -44,17 +44,16 @@ class Approximate(UnlearningAction):
         config = read_config(folder)
         if config.continual:
             raise UnlearningError(f"{self.name} does not know streams of tasks; use rollback")
-        finished_state(folder)
-        if not self.gate:
-            return
-        if compose(config.strategy).traits.personal:
+        if self.gate and compose(config.strategy).traits.personal:
             raise UnlearningError(
                 f"{self.name}: under {config.strategy_name} there is no one global model that a gate could look at; use"
                 " rollback"
             )
-        if plan.first is None:
+        if self.gate and plan.first is None:
             raise UnlearningError(f"{self.name}: no round used the target, so a gate has nothing to see; use rollback")
-        choose_rows(config, plan)
+        finished_state(folder)
+        if self.gate:
+            choose_rows(config, plan)
 
     @property
     def rounds(self) -> int:

@@ -74,7 +74,6 @@ def carry_out(folder: Path, request: str, lease: Lease, key: Ed25519PrivateKey, 
     load_plugins(read_config(folder).plugins)  # the action may come from one, in whatever phase a killed command left
     steps = {"received": _plan, "planned": _contain, "contained": _execute, "executed": _verify, "verified": _purge}
     standing = find_request(folder, request)
-    load_plugins(read_config(folder).plugins)  # an action or its loss may be one of a plug-in
     if before := [other for other in pending(folder) if other.number < standing.number]:
         raise UnlearningError(
             f"{request} waits for {before[0].id}, which asks to take out {before[0].request} and is {before[0].phase};"

@@ -72,10 +72,9 @@ def choose_rows(config: RunConfig, plan: Rollback) -> Rows:
     forget = _drawn(gone, config, "forget")
     spare = {row for client in owners for row in corpus.heldout[client]} - named
     least = Tolerances().rows
-    if len(spare) >= least:
-        heldout, place = _drawn(spare, config, "held out"), "train"
-    else:
-        heldout, place = _alike(corpus, forget, config), "test"
+    heldout, place = _alike(corpus, forget, corpus.train, spare, config), "train"
+    if len(heldout) < least:
+        heldout, place = _alike(corpus, forget, corpus.test, range(len(corpus.test)), config), "test"
     kept = trained_on(config, corpus) - gone - named
     rows = Rows(forget, heldout, place, _drawn(kept, config, "retain"))
     few = {"to forget": len(forget), "like them that no model saw": len(heldout), "of other clients": len(rows.retain)}
@@ -126,17 +125,19 @@ def _drawn(rows: Collection[int], config: RunConfig, purpose: str) -> tuple[int,
     return tuple(sorted(draw.sample(sorted(rows), min(LARGEST, len(rows)))))
 
 
-def _alike(corpus: Corpus, forget: Sequence[int], config: RunConfig) -> tuple[int, ...]:
-    """Test rows of the labels of these rows, of none more than there are of it: membership inference would tell
-    labels apart."""
+def _alike(
+    corpus: Corpus, forget: Sequence[int], table: Dataset, rows: Collection[int], config: RunConfig
+) -> tuple[int, ...]:
+    """Rows of a table with the labels of those to forget, of none more than there are of it: membership inference
+    would tell labels apart."""
     if not corpus.labels:
-        return _drawn(range(len(corpus.test)), config, "held out")
+        return _drawn(rows, config, "held out")
     wanted = Counter(corpus.train.select(forget)["label"][:])
-    order = list(enumerate(corpus.test["label"][:]))
+    labels, order = table["label"][:], sorted(rows)
     random.Random(derive_seed(config.seed, 0, "", "gate held out")).shuffle(order)
     found = []
-    for row, label in order:
-        if wanted[label] > 0:
-            wanted[label] -= 1
+    for row in order:
+        if wanted[labels[row]] > 0:
+            wanted[labels[row]] -= 1
             found.append(row)
     return tuple(sorted(found))

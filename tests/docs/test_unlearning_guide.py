@@ -24,7 +24,10 @@ PLANNED = {
 
 
 def test_every_command_of_the_guide_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    # as written, but with a fifth of its steps
+    smoke = (ROOT / "configs" / "smoke.yaml").read_text()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "smoke.yaml").write_text(smoke.replace("max_steps: 10", "max_steps: 2"))
     monkeypatch.chdir(tmp_path)
     run = Path("runs/forget-me")
     for command in COMMANDS:

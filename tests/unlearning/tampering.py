@@ -61,8 +61,8 @@ class Nothing(Approximate):
         return replace(state, adapter=extract(served.model, f"r{state.adapter.rank}"))
 
 
-@ACTIONS.register("ascent")
-class Ascent(Nothing):
+@ACTIONS.register("unbounded")
+class Unbounded(Nothing):
     """Unbounded gradient ascent on the client's rows."""
 
     def change(self, job: Job, plan: Rollback, state: RunState) -> tuple[RunConfig, RunState]:

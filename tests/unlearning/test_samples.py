@@ -67,7 +67,16 @@ def test_a_client_that_holds_out_enough_is_compared_with_its_own_rows(tmp_path: 
     config = config_of(tmp_path / "run", rounds=1, data__client_holdout=0.4)
     rows, corpus = rows_for(tmp_path / "run", config, Request("client", ("c0",)))
     assert rows.heldout_from == "train"
-    assert set(rows.heldout) == set(corpus.heldout["c0"])
+    assert set(rows.heldout) <= set(corpus.heldout["c0"])
+    labels = [corpus.train.select(places)["label"][:] for places in (rows.forget, rows.heldout)]
+    assert all(labels[1].count(label) <= labels[0].count(label) for label in set(labels[1]))
+
+
+def test_a_class_is_compared_with_test_rows_of_that_class(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", rounds=1, data__client_holdout=0.4)
+    rows, corpus = rows_for(tmp_path / "run", config, Request("class", ("animals",)))
+    assert rows.heldout_from == "test"  # the owners' held-out rows of the class are to be forgotten too
+    assert set(corpus.test.select(rows.heldout)["label"][:]) == {"animals"}
 
 
 def test_rows_that_left_no_trace_prove_nothing(tmp_path: Path) -> None:
