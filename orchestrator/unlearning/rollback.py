@@ -79,6 +79,11 @@ class Rollback:
         """Rounds to play again, as a share of all that are played without them."""
         return self.replayed / max(self._played(0), 1)
 
+    def askable(self, excluded: Collection[str]) -> tuple[str, ...]:
+        """Whose rows they are, of those who may be asked to forget them: clients that are taken out now, and owners of
+        records who were not ``excluded`` before."""
+        return tuple(client for client in self.owners if client not in excluded) if self.records else self.clients
+
     def _played(self, start: int) -> int:
         return self.rounds - start - sum(number > start for number in self.unplayed)
 
