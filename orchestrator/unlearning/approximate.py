@@ -18,6 +18,7 @@ from orchestrator.unlearning.gate import pass_gate
 from orchestrator.unlearning.job import Job, finished_state
 from orchestrator.unlearning.rollback import Rollback, rounds_played
 from orchestrator.unlearning.samples import choose_rows
+from orchestrator.unlearning.targets import as_learned
 
 
 class Approximate(UnlearningAction):
@@ -54,7 +55,7 @@ class Approximate(UnlearningAction):
             raise UnlearningError(f"{self.name}: no round used the target, so a gate has nothing to see; use rollback")
         self._check_clients(folder, plan, finished_state(folder))
         if self.gate:
-            choose_rows(config, plan)
+            choose_rows(as_learned(folder, plan.records), plan)
 
     def _check_clients(self, folder: Path, plan: Rollback, state: RunState) -> None:
         """Raise ``UnlearningError`` where a client is among the target that is no part of the run any more."""
@@ -86,8 +87,10 @@ class Approximate(UnlearningAction):
         asked again after a crash it gives the same."""
 
     def config(self, job: Job, plan: Rollback, **changes: Any) -> RunConfig:
-        """Of the run without the target, ``rounds`` longer."""
-        return longer(read_config(job.folder), plan, self.rounds, **changes)
+        """Of the run without the target, ``rounds`` longer. What it was asked to forget before is in the state that it
+        goes on from, so that these forget rounds stay."""
+        config = read_config(job.folder)
+        return longer(config, plan, self.rounds, forgetting=config.resolved()["forgetting"], **changes)
 
     def verify(self, job: Job, plan: Rollback) -> Facts:
         """What the gate says of it; without one, that nothing was looked at.

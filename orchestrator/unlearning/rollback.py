@@ -27,7 +27,7 @@ from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
-from orchestrator.unlearning.targets import owners_of, rows_with_labels
+from orchestrator.unlearning.targets import as_learned, owners_of, rows_with_labels
 from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks
 
 COMPARED = ("fedlora", "python", "versions", "cpu", "machine", "plugins")
@@ -95,7 +95,7 @@ def plan_for(folder: Path, request: Request) -> Rollback:
     if request.kind == "task":
         return plan_rollback(folder, tasks=request.target)
     if request.kind == "class":
-        return plan_rollback(folder, records=rows_with_labels(read_config(folder), request.target))
+        return plan_rollback(folder, records=rows_with_labels(as_learned(folder), request.target))
     return plan_rollback(folder, records=request.target)
 
 
@@ -119,7 +119,9 @@ def plan_rollback(
     if odd := next((client for client in clients if client not in known), None):
         raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
     rows = rounds_played(folder, state)
-    owners, emptied = owners_of(config, without(config, records=records)) if records else ([], [])
+    owners, emptied = (
+        ([], []) if not records else owners_of(as_learned(folder, records), without(config, records=records))
+    )
     if tasks:
         first = parting(config, state, tasks)
         without(config, tasks=tasks)  # a stream that mixes its tasks says so
@@ -169,7 +171,7 @@ def knows(state: RunState, clients: Collection[str]) -> bool:
 def without(
     config: RunConfig, clients: Collection[str] = (), records: Collection[str] = (), tasks: Collection[str] = ()
 ) -> RunConfig:
-    """The configuration of a run that never had these clients, records and tasks.
+    """The configuration of a run that never had these clients, records and tasks, and was not asked to forget them.
 
     Raises:
         ConfigError: if a run without the tasks cannot be.
@@ -178,6 +180,10 @@ def without(
     content["clients"]["exclude"] = sorted({*config.clients.exclude, *clients})
     for one in content["forgetting"]:
         one["clients"] = [client for client in one["clients"] if client not in clients]
+        if one["records"]:
+            # an entry that names none is about all rows of its clients
+            one["records"] = [name for name in one["records"] if name not in records]
+            one["clients"] = one["clients"] if one["records"] else []
     content["forgetting"] = [one for one in content["forgetting"] if one["clients"]]
     forget = sorted({*config.data.forget, *records})
     for data in (content["data"], *(task["data"] for task in (content["continual"] or {}).get("tasks", []))):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
-from fedlora.data.partition import hash_of
+from fedlora.data.partition import forgotten, hash_of
 from fedlora.errors import UnlearningError
 from fedlora.plugins import unload_plugins
 from fedlora.unlearning.keys import authorised, load_key, new_key
@@ -17,8 +17,9 @@ from orchestrator import launch
 from orchestrator.stores.files import read_config
 from orchestrator.unlearning.execute import carry_out
 from orchestrator.unlearning.requests import find_request, identity, receive
-from orchestrator.unlearning.rollback import plan_for
+from orchestrator.unlearning.rollback import plan_for, without
 from orchestrator.unlearning.samples import choose_rows, rows_of
+from orchestrator.unlearning.targets import as_learned
 from tests.conftest import quiet
 from tests.unlearning.test_forget_rounds import moved
 from tests.unlearning.test_rollback import adapter_of, asked, config_of
@@ -113,6 +114,81 @@ def test_where_only_excluded_clients_have_the_rows_nobody_is_asked(run: Path) ->
     assert take_out(run, "client", [erased]).level in ("E1", "E2")
     with pytest.raises(UnlearningError, match=f"{erased} is excluded already and no round asked it; name only the"):
         take_out(run, "client", [erased, other], "npo", **FORGETS)
+
+
+# What was only suppressed can be erased ---------------------------------------------------------------------------
+
+
+def control_of(folder: Path) -> bytes:
+    """The adapter of a run of its configuration from the start, in a folder of its own."""
+    control = read_config(folder).model_copy(update={"output_dir": str(folder.with_name("control"))})
+    launch.run(control, quiet)
+    return adapter_of(folder.with_name("control"))
+
+
+def newcomer(folder: Path) -> str:
+    """A client that the first round did not ask."""
+    rows = asked(folder)
+    return next(client for row in rows[1:] for client in row if client not in rows[0])
+
+
+def test_suppressed_records_are_erased_by_a_rollback_and_their_forget_round_with_them(run: Path) -> None:
+    config, owner = read_config(run), newcomer(run)
+    names = own_names(config, owner)[:2]
+    assert take_out(run, "records", names, "npo", **FORGETS).level == "S"
+    assert [one.clients for one in read_config(run).forgetting] == [[owner]]
+    done = take_out(run, "records", names)
+    plan = done.facts["planned"]["plan"]
+    first = next(number for number, row in enumerate(asked(run), 1) if owner in row)
+    assert (done.level, plan["owners"], plan["first"], plan["start"]) == ("E1", [owner], first, first - 1)
+    left = read_config(run)
+    assert (left.forgetting, left.data.forget, left.rounds) == ([], sorted(names), config.rounds + 2)
+    assert adapter_of(run) == control_of(run)
+    # and what was erased is gone, under whatever name it is asked for again
+    with pytest.raises(UnlearningError, match="no client has a row of these names"):
+        plan_for(run, Request("data", tuple(names)))
+
+
+def test_a_rollback_begins_before_the_records_that_were_only_suppressed(run: Path) -> None:
+    config, early, late = read_config(run), asked(run)[0][0], newcomer(run)
+    suppressed, other = own_names(config, early)[0], own_names(config, late)[0]
+    take_out(run, "records", [suppressed], "npo", **FORGETS)
+    assert plan_for(run, Request("records", (other,))).first != 1
+    plan = plan_for(run, Request("records", (suppressed, other)))
+    assert (set(plan.owners), plan.first, plan.start) == ({early, late}, 1, 0)
+    assert take_out(run, "records", [other]).level == "E1"
+    (entry,) = read_config(run).forgetting
+    assert (entry.clients, entry.records) == ([early], [suppressed])  # it was asked, and is no part of this request
+
+
+def test_a_class_is_still_there_after_it_was_suppressed_and_not_after_it_was_erased(run: Path) -> None:
+    names = plan_for(run, Request("class", ("food",))).records
+    take_out(run, "class", ["food"], "npo", **FORGETS)
+    found = plan_for(run, Request("class", ("food",)))
+    assert (found.records, found.first) == (names, 1)
+    take_out(run, "data", names[:1])
+    assert plan_for(run, Request("class", ("food",))).records == names[1:]
+    assert read_config(run).forgetting[0].records == list(names[1:])
+
+
+def test_what_is_forgotten_once_more_keeps_both_forget_rounds(run: Path) -> None:
+    owner = newcomer(run)
+    first, second = own_names(read_config(run), owner)[:2]
+    take_out(run, "records", [first], "npo", **FORGETS)
+    assert len(rows_learned(run, [first, second])) == 2
+    take_out(run, "records", [first, second], "npo", **FORGETS)
+    entries = read_config(run).forgetting
+    assert [(one.first, one.records) for one in entries] == [(5, [first]), (7, sorted([first, second]))]
+    left = without(read_config(run), records=[first]).forgetting
+    assert [(one.first, one.records) for one in left] == [(7, [second])]
+
+
+def rows_learned(folder: Path, names: list[str]) -> set[int]:
+    """Rows of these names among those that the run, as it learned them, has its clients train on."""
+    config = as_learned(folder, names)
+    corpus = rows_of(config)
+    named = forgotten(corpus.train, config.data.model_copy(update={"forget": names}))
+    return {row for rows in corpus.shards.values() for row in rows if row in named}
 
 
 def own_names(config: RunConfig, client: str) -> list[str]:
