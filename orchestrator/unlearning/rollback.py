@@ -106,6 +106,7 @@ def plan_rollback(
 
     Args:
         records: SHA-256 of the names of rows. The rows themselves are looked at where clients are simulated: here.
+            Those that were only suppressed before count as there.
 
     Raises:
         UnlearningError: if nothing is committed yet, there is no such client or task, or no client has these records.
@@ -119,9 +120,7 @@ def plan_rollback(
     if odd := next((client for client in clients if client not in known), None):
         raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
     rows = rounds_played(folder, state)
-    owners, emptied = (
-        ([], []) if not records else owners_of(as_learned(folder, records), without(config, records=records))
-    )
+    owners, emptied = owners_of(as_learned(folder, records), without(config, records=records)) if records else ([], [])
     if tasks:
         first = parting(config, state, tasks)
         without(config, tasks=tasks)  # a stream that mixes its tasks says so

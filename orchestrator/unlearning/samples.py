@@ -59,7 +59,7 @@ def choose_rows(config: RunConfig, plan: Rollback) -> Rows:
     """At most ``LARGEST`` rows of each kind, the same for the same run and target.
 
     Args:
-        config: of the run as it was trained, with the target.
+        config: of the run as it learned the target, see ``as_learned``.
 
     Raises:
         UnlearningError: if rows cannot be read here, or are too few to tell anything.

@@ -161,6 +161,7 @@ def test_a_rollback_begins_before_the_records_that_were_only_suppressed(run: Pat
     assert (entry.clients, entry.records) == ([early], [suppressed])  # it was asked, and is no part of this request
 
 
+@pytest.mark.slow
 def test_a_class_is_still_there_after_it_was_suppressed_and_not_after_it_was_erased(run: Path) -> None:
     names = plan_for(run, Request("class", ("food",))).records
     take_out(run, "class", ["food"], "npo", **FORGETS)
