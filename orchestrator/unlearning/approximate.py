@@ -9,14 +9,16 @@ from typing import Any
 from fedlora.aggregation import compose
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, UnlearningError, VerificationError
+from orchestrator.checkpoint import load_latest
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config
 from orchestrator.unlearning.actions import Facts, UnlearningAction
 from orchestrator.unlearning.amend import longer, play_on
 from orchestrator.unlearning.gate import pass_gate
 from orchestrator.unlearning.job import Job, finished_state
-from orchestrator.unlearning.rollback import Rollback
+from orchestrator.unlearning.rollback import Rollback, rounds_played
 from orchestrator.unlearning.samples import choose_rows
+from orchestrator.unlearning.targets import as_learned
 
 
 class Approximate(UnlearningAction):
@@ -51,9 +53,18 @@ class Approximate(UnlearningAction):
             )
         if self.gate and plan.first is None:
             raise UnlearningError(f"{self.name}: no round used the target, so a gate has nothing to see; use rollback")
-        finished_state(folder)
+        self._check_clients(folder, plan, finished_state(folder))
         if self.gate:
-            choose_rows(config, plan)
+            choose_rows(as_learned(folder, plan.records), plan)
+
+    def _check_clients(self, folder: Path, plan: Rollback, state: RunState) -> None:
+        """Raise ``UnlearningError`` where a client is among the target that is no part of the run any more."""
+        met = {client for row in rounds_played(folder, state) for client in row["selected"]}
+        gone = set(plan.clients) & set(read_config(folder).clients.exclude) - met
+        if gone and met & set(plan.clients) and not plan.records:
+            raise UnlearningError(
+                f"{self.name}: {min(gone)} is excluded already and no round asked it; name only the others"
+            )
 
     @property
     def rounds(self) -> int:
@@ -76,14 +87,17 @@ class Approximate(UnlearningAction):
         asked again after a crash it gives the same."""
 
     def config(self, job: Job, plan: Rollback, **changes: Any) -> RunConfig:
-        """Of the run without the target, ``rounds`` longer."""
-        return longer(read_config(job.folder), plan, self.rounds, **changes)
+        """Of the run without the target, ``rounds`` longer. What it was asked to forget before is in the state that it
+        goes on from, so that these forget rounds stay."""
+        config = read_config(job.folder)
+        return longer(config, plan, self.rounds, forgetting=config.resolved()["forgetting"], **changes)
 
     def verify(self, job: Job, plan: Rollback) -> Facts:
         """What the gate says of it; without one, that nothing was looked at.
 
         Raises:
-            VerificationError: the gate rejects it, and names the checks; or it would ask the target again.
+            VerificationError: the gate rejects it, and names the checks; or it asked somebody who had been excluded, or
+                would ask the target again.
             UnlearningError: what was made is not there any more.
         """
         if job.made() != job.standing.facts["executed"]["adapter_sha256"]:
@@ -92,4 +106,10 @@ class Approximate(UnlearningAction):
             )
         if not set(plan.clients) <= set(read_config(job.work).clients.exclude):
             raise VerificationError(f"{self.name} made a run that would ask {', '.join(plan.clients)} again")
+        barred = set(read_config(job.folder).clients.exclude)
+        barred -= set(plan.askable(barred))
+        state, _ = load_latest(job.work)
+        later = [row for row in rounds_played(job.work, state) if row["round"] > plan.rounds] if state else []
+        if back := sorted({client for row in later for client in row["selected"]} & barred):
+            raise VerificationError(f"{self.name} made a run that asked {', '.join(back)} again, which was excluded")
         return pass_gate(job, plan) if self.gate else {"by": "nothing", "level": "S"}

@@ -94,6 +94,11 @@ class Forget(Approximate):
             raise UnlearningError(f"{self.name} trusts the owners to forget, and this run simulates attackers")
         if plan.first is None:
             raise UnlearningError("no round used it, so there is nothing to forget; use rollback, which costs nothing")
+        if not plan.askable(config.clients.exclude):
+            raise UnlearningError(
+                f"{self.name}: everyone who has these rows ({', '.join(plan.owners)}) is excluded already and is not"
+                " asked again; use rollback"
+            )
         strategy = compose(config.strategy)
         check_combining(strategy)
         if strategy.traits.patches_base and "max_norm" not in self.how:
@@ -111,7 +116,7 @@ class Forget(Approximate):
             "max_norm": _share_of(state),
         }
         asked = ForgettingConfig(
-            clients=list(plan.owners if plan.records else plan.clients),
+            clients=list(plan.askable(before.clients.exclude)),
             records=list(plan.records),
             first=state.round + 1,
             last=state.round + self.forget_rounds,

@@ -25,6 +25,7 @@ from orchestrator.unlearning.measuring import lesson_for, serve
 from orchestrator.unlearning.requests import FOLDER, find_request, read_requests
 from orchestrator.unlearning.rollback import Rollback
 from orchestrator.unlearning.samples import Rows, choose_rows, encoded, rows_of, trained_on
+from orchestrator.unlearning.targets import as_learned
 
 FORMAT = "fedlora measurements, version 1"
 _TOLD = 3  # reasons that a rejection spells out
@@ -40,7 +41,7 @@ def pass_gate(job: Job, plan: Rollback) -> dict[str, Any]:
         VerificationError: the gate rejects it, or nothing can be told; names the checks and why.
         FedLoRAError: what training a control may raise; the same command goes on with what is there.
     """
-    config = read_config(job.folder)
+    config = as_learned(job.folder, plan.records)
     chosen = choose_rows(config, plan)
     folders = train_controls(job, plan)
     job.listen("unlearning", {"request": job.request, "phase": "all models are measured"})

@@ -27,7 +27,7 @@ from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
 from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
 from orchestrator.unlearning.doubts import doubts_about
-from orchestrator.unlearning.targets import owners_of, rows_with_labels
+from orchestrator.unlearning.targets import as_learned, owners_of, rows_with_labels
 from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks
 
 Listener = Callable[[str, Mapping[str, Any]], None]
@@ -77,6 +77,11 @@ class Rollback:
         """Rounds to play again, as a share of all that are played without them."""
         return self.replayed / max(self._played(0), 1)
 
+    def askable(self, excluded: Collection[str]) -> tuple[str, ...]:
+        """Whose rows they are, of those who may be asked to forget them: clients that are taken out now, and owners of
+        records who were not ``excluded`` before."""
+        return tuple(client for client in self.owners if client not in excluded) if self.records else self.clients
+
     def _played(self, start: int) -> int:
         return self.rounds - start - sum(number > start for number in self.unplayed)
 
@@ -88,7 +93,7 @@ def plan_for(folder: Path, request: Request) -> Rollback:
     if request.kind == "task":
         return plan_rollback(folder, tasks=request.target)
     if request.kind == "class":
-        return plan_rollback(folder, records=rows_with_labels(read_config(folder), request.target))
+        return plan_rollback(folder, records=rows_with_labels(as_learned(folder), request.target))
     return plan_rollback(folder, records=request.target)
 
 
@@ -99,6 +104,7 @@ def plan_rollback(
 
     Args:
         records: SHA-256 of the names of rows. The rows themselves are looked at where clients are simulated: here.
+            Those that were only suppressed before count as there.
 
     Raises:
         UnlearningError: if nothing is committed yet, there is no such client or task, or no client has these records.
@@ -112,7 +118,7 @@ def plan_rollback(
     if odd := next((client for client in clients if client not in known), None):
         raise UnlearningError(f"{folder} has no client {odd}{nearest(odd, known)}")
     rows = rounds_played(folder, state)
-    owners, emptied = owners_of(config, without(config, records=records)) if records else ([], [])
+    owners, emptied = owners_of(as_learned(folder, records), without(config, records=records)) if records else ([], [])
     if tasks:
         first = parting(config, state, tasks)
         without(config, tasks=tasks)  # a stream that mixes its tasks says so
@@ -162,7 +168,7 @@ def knows(state: RunState, clients: Collection[str]) -> bool:
 def without(
     config: RunConfig, clients: Collection[str] = (), records: Collection[str] = (), tasks: Collection[str] = ()
 ) -> RunConfig:
-    """The configuration of a run that never had these clients, records and tasks.
+    """The configuration of a run that never had these clients, records and tasks, and was not asked to forget them.
 
     Raises:
         ConfigError: if a run without the tasks cannot be.
@@ -171,6 +177,10 @@ def without(
     content["clients"]["exclude"] = sorted({*config.clients.exclude, *clients})
     for one in content["forgetting"]:
         one["clients"] = [client for client in one["clients"] if client not in clients]
+        if one["records"]:
+            # an entry that names none is about all rows of its clients
+            one["records"] = [name for name in one["records"] if name not in records]
+            one["clients"] = one["clients"] if one["records"] else []
     content["forgetting"] = [one for one in content["forgetting"] if one["clients"]]
     forget = sorted({*config.data.forget, *records})
     for data in (content["data"], *(task["data"] for task in (content["continual"] or {}).get("tasks", []))):

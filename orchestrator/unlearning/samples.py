@@ -59,16 +59,15 @@ def choose_rows(config: RunConfig, plan: Rollback) -> Rows:
     """At most ``LARGEST`` rows of each kind, the same for the same run and target.
 
     Args:
-        config: of the run as it was trained, with the target.
+        config: of the run as it learned the target, see ``as_learned``.
 
     Raises:
         UnlearningError: if rows cannot be read here, or are too few to tell anything.
     """
-    corpus, owners = rows_of(config), sorted({*plan.clients, *plan.owners})
+    corpus, owners = rows_of(config), plan.askable(config.clients.exclude)
     data = config.data.model_copy(update={"forget": list(plan.records)})
     named = forgotten(corpus.train, data)
-    gone = {row for client in plan.clients for row in corpus.shards[client]}
-    gone |= {row for client in owners for row in corpus.shards[client] if row in named}
+    gone = {row for client in owners for row in corpus.shards[client] if row in named or not plan.records}
     forget = _drawn(gone, config, "forget")
     spare = {row for client in owners for row in corpus.heldout[client]} - named
     least = Tolerances().rows

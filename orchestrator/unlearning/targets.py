@@ -7,11 +7,41 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fedlora.config import DataConfig, RunConfig
+from fedlora.config import DataConfig, RunConfig, parse_config
 from fedlora.continual.stream import corpora, open_stream
 from fedlora.data.partition import Corpus, hash_of, name_column
 from fedlora.data.sources import normalise, quiet, read_file
 from fedlora.errors import DataError, UnlearningError, nearest
+from orchestrator.stores.files import read_config
+from orchestrator.unlearning.requests import read_requests
+
+
+def as_learned(folder: Path, names: Collection[str] | None = None) -> RunConfig:
+    """The configuration of a run that reads rows again which approximate requests left out. They are in its weights, so
+    where somebody asks for them once more they are not gone yet. What was erased stays out.
+
+    Args:
+        names: SHA-256 of the names of rows to read again, where they were left out like that; default all.
+    """
+    content = read_config(folder).resolved()
+    back = _suppressed(folder) if names is None else _suppressed(folder) & set(names)
+    content["forgetting"] = []  # no run is to be played like this
+    for data in (content["data"], *(task["data"] for task in (content["continual"] or {}).get("tasks", []))):
+        if data:
+            data["forget"] = [name for name in data["forget"] if name not in back]
+    return parse_config(content)
+
+
+def _suppressed(folder: Path) -> set[str]:
+    """SHA-256 of the names of rows that were taken out at a level below erasure, and by nobody since."""
+    suppressed, erased = set[str](), set[str]()
+    for standing in read_requests(folder).values():
+        if "purged" not in standing.facts:
+            continue  # refused, or the run is still as it was
+        names = set(standing.facts["planned"]["plan"]["records"])
+        erased |= names if standing.erased else set()
+        suppressed = (suppressed | names) - erased
+    return suppressed
 
 
 def rows_with_labels(config: RunConfig, labels: Collection[str]) -> tuple[str, ...]:
