@@ -88,7 +88,7 @@ def train(work: LocalWork) -> LocalResult:
     optimizer = _optimizer(parameters, options)
     optimizer.zero_grad(set_to_none=True)  # clients of one rank share parameters: a failed one may leave gradients
     scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, steps)
-    stream = _endless(examples, options, work.seed)
+    stream = endless(examples, options, work.seed)
     losses, tokens, rows = [], 0, 0
     train_mode(model, options.base_dropout)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -96,7 +96,7 @@ def train(work: LocalWork) -> LocalResult:
         for step in range(steps):
             parts = list(itertools.islice(stream, accumulation))
             # the mean over all targets of the step, however they fall into micro-batches
-            total = sum(_targets(example) for part in parts for example in part)
+            total = sum(targets_of(example) for part in parts for example in part)
             loss_sum = torch.zeros((), device=device)
             for part in parts:
                 batch = collate(part, work.pad_token_id, device)
@@ -143,13 +143,15 @@ def _constrain(work: LocalWork, memory: Memory) -> Memory:
     return memory
 
 
-def _targets(example: Example) -> int:
+def targets_of(example: Example) -> int:
+    """How many targets a row is scored on."""
     if isinstance(example.labels, int):
         return 1
     return sum(label != IGNORE for label in example.labels[1:])
 
 
-def _endless(examples: Sequence[Example], options: TrainingConfig, seed: int) -> Iterator[list[Example]]:
+def endless(examples: Sequence[Example], options: TrainingConfig, seed: int) -> Iterator[list[Example]]:
+    """A client's batches, epoch after epoch."""
     if not examples:
         raise FedLoRAError("there are no rows to train on")
     lengths = [len(example.input_ids) for example in examples]

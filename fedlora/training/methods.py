@@ -258,6 +258,9 @@ class MethodStack:
             raise ConfigError(f"local method: {twice[0]} is asked for twice; name it once in the strategy")
         self._methods = {m.name: LOCAL_METHODS.create(m.name, **dict(m.options)) for m in methods} | dict(also or {})
 
+    def __bool__(self) -> bool:
+        return bool(self._methods)
+
     @property
     def keeps(self) -> bool:
         """Whether any of them keeps tensors from round to round."""

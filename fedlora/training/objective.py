@@ -17,19 +17,19 @@ def targets_and_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     else: a [n, T, vocabulary] tensor never exists.
 
     Returns:
-        logits [N, C] in float32, targets [N], and the batch row of each target [N].
+        logits [N, C] in float32 or better, targets [N], and the batch row of each target [N].
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     labels = batch["labels"]
     if labels.ndim == 1:
         rows = torch.arange(len(labels), device=labels.device)
-        return model(**inputs).logits.float(), labels, rows
+        return _precise(model(**inputs).logits), labels, rows
     scored = torch.zeros_like(labels, dtype=torch.bool)
     scored[:, :-1] = labels[:, 1:] != IGNORE
     rows, positions = scored.nonzero(as_tuple=True)
     with _head_sees(model, scored):
         logits = model(**inputs, use_cache=False).logits
-    return logits.float(), labels[rows, positions + 1], rows
+    return _precise(logits), labels[rows, positions + 1], rows
 
 
 def among(logits: Tensor, labels: Sequence[int]) -> Tensor:
@@ -38,6 +38,10 @@ def among(logits: Tensor, labels: Sequence[int]) -> Tensor:
         return logits
     kept = torch.tensor(labels, device=logits.device)
     return torch.full_like(logits, -torch.inf).index_copy(1, kept, logits[:, kept])
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @contextlib.contextmanager
