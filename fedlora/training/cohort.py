@@ -155,7 +155,8 @@ class _Run:
             own = costs.new_zeros(len(parts)).index_add(0, owner, costs)
             sums = sums + own.detach() * scale
             alive = [k for k in range(len(parts)) if k not in self.failed]
-            loss = (own * scale)[alive].sum() + self._distilled(batch, logits, rows, owner, counts, totals)
+            weights = costs.new_tensor([member.methods.data_weight for member in self.members[: len(parts)]])
+            loss = (own * scale * weights)[alive].sum() + self._distilled(batch, logits, rows, owner, counts, totals)
             if loss.requires_grad:
                 loss.backward()
             mask = batch["attention_mask"].sum(1).split(counts)

@@ -18,7 +18,7 @@ from fedlora.data.text import IGNORE, Example
 from fedlora.protocol import Method
 from fedlora.training.cohort import Member, Trained, train_cohort
 from fedlora.training.loop import LocalWork, train
-from fedlora.training.methods import MethodStack, name_parameters, start_from
+from fedlora.training.methods import FedProx, MethodStack, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, AdapterSpec, BaseSpec, load_base
 from fedlora.training.stacked import why_not
 
@@ -173,6 +173,12 @@ METHODS = {
 def test_local_methods_work_as_they_do_alone(method: str) -> None:
     clients = [Client("classifier", rank, 4, seed, (METHODS[method],)) for seed, rank in enumerate([2, 8, 4])]
     check_equal(clients, options_of(max_steps=4), dtype=torch.float64, within=1e-11)
+
+
+def test_a_method_may_weigh_the_loss_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FedProx, "data_weight", 0.25)
+    clients = [Client("classifier", 4, 4, seed, (METHODS["fedprox"],)) for seed in range(2)]
+    check_equal(clients, options_of(max_steps=3, optim="sgd"), dtype=torch.float64, within=1e-11)
 
 
 def test_each_client_has_its_own_competing_labels() -> None:
