@@ -1,7 +1,7 @@
 """Every registered strategy passes every law, and every law can fail."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar
@@ -43,11 +43,17 @@ def stacks() -> list[list[Any]]:
     return found
 
 
-PROMISES = [
-    pytest.param(spec, law, id=f"{described(compose(spec))}: {law.name}")
-    for spec, law in product([*STRATEGIES, *stacks()], LAWS)
-    if law.applies(compose(spec))
-]
+def promises() -> Iterator[Any]:
+    """Every law that a strategy or a stack must pass; wrappers over a few kinds of rules are quick."""
+    for spec, law in product([*STRATEGIES, *stacks()], LAWS):
+        if law.applies(compose(spec)):
+            rule = spec[-1] if isinstance(spec, list) else spec
+            quick = not isinstance(spec, list) or rule in ("fedit", "flexlora", "fedex_het", "ffa")
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(spec, law, id=f"{described(compose(spec))}: {law.name}", marks=marks)
+
+
+PROMISES = [*promises()]
 
 
 @pytest.mark.parametrize(("spec", "law"), PROMISES)

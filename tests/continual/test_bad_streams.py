@@ -111,6 +111,7 @@ def test_a_merge_that_is_not_there_as_it_was_is_named_and_the_refusal_touches_no
     assert contents(stopped) == damaged
 
 
+@pytest.mark.slow
 def test_once_the_file_is_back_the_run_ends_as_if_nothing_had_been(
     stopped: Path, undisturbed: dict[str, Any], fedlora: Fedlora
 ) -> None:

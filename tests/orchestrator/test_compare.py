@@ -182,6 +182,7 @@ def test_a_bug_in_one_run_leaves_the_others_alone(
     assert "in broken" in found["cells"][0]["traceback"]
 
 
+@pytest.mark.slow
 def test_tuning_gives_all_seeds_to_the_value_that_did_best_on_the_first(config: Path, tmp_path: Path) -> None:
     learn = "training.learning_rate=1.0e+30,0.001,0.05"
     found = compare(config, tmp_path, strategies="flexlora", seeds=2, tune=[learn], vary=["rounds=3"])

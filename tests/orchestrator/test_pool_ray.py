@@ -43,6 +43,7 @@ class TestRayPool(PoolSuite):
         pool.close()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_a_round_is_replaced_and_its_task_is_done_again(tmp_path: Path) -> None:
     pool = RayPool(toy_config(tmp_path, pool="ray", ray__workers=2, training__max_steps=20))
     try:

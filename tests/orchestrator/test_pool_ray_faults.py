@@ -75,6 +75,7 @@ def test_a_late_reply_is_delivered_by_a_later_call(pool: RayPool) -> None:
     assert [(reply.client, reply.payload is not None) for reply in late] == [("waits", True)]
 
 
+@pytest.mark.slow
 def test_late_clients_that_hang_on_every_worker_do_not_keep_scores_waiting(
     pool: RayPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +90,7 @@ def test_late_clients_that_hang_on_every_worker_do_not_keep_scores_waiting(
     pool.abandon({"hangs", "waits"})
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.5, 0.9))])
 def test_a_worker_killed_at_a_share_of_its_work_costs_no_client(pool: RayPool, share: float) -> None:
     until(pool, lambda: pool.workers == 2)
     clients, draw = task_ids(40), random.Random(int(100 * share))
@@ -115,6 +116,7 @@ def test_a_task_that_kills_its_workers_fails_alone(pool: RayPool) -> None:
     assert all(reply.payload for reply in replies.values())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_after_many_rounds(pool: RayPool) -> None:
     until(pool, lambda: pool.workers == 2)
     held = []
@@ -132,6 +134,7 @@ def references() -> int:
     return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
 
 
+@pytest.mark.slow
 def test_workers_join_with_a_node_and_leave_with_it(tmp_path: Path, cluster: Cluster) -> None:
     settings: dict[str, Any] = {"ray__num_cpus": 0.25, "ray__resources": {"seat": 1}}
     pool = RayPool(toy_config(tmp_path, pool="ray", **settings), Unruly)

@@ -41,6 +41,7 @@ def test_a_task_ends_when_its_rule_says_so_and_the_run_with_the_last_one(toy: To
     assert again == ["already_finished"]
 
 
+@pytest.mark.slow
 def test_one_whose_loss_never_settles_is_bounded_by_its_rounds_and_the_journal_says_so(toy: Toy) -> None:
     config = stream_of(toy, NEVER, continual={"rounds": 2})
     assert launch.run(config, quiet)["rounds"] == 6

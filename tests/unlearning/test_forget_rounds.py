@@ -128,6 +128,7 @@ def test_a_client_makes_its_rows_unlikely_and_the_others_repair(run: Path, actio
     assert (state.round, knows(state, ["c4"])) == (8, False)
 
 
+@pytest.mark.slow
 def test_the_published_configuration_says_what_was_done_and_the_change_kept_its_bound(run: Path) -> None:
     state, _ = load_latest(run)
     assert state is not None
@@ -185,6 +186,7 @@ def losses_as_told(metrics: Mapping[str, float]) -> dict[str, float]:
     return {kind: metrics[f"{kind}_loss_after"] - metrics[f"{kind}_loss_before"] for kind in ("forget", "retain")}
 
 
+@pytest.mark.slow
 def test_a_loss_of_a_plug_in_goes_by_the_generic_action(learned: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         """from fedlora.unlearning import FORGET_LOSSES, ForgetLoss

@@ -65,7 +65,7 @@ def language() -> Trial:
     return trial(language_world(), 1.0, 0.004)
 
 
-@pytest.fixture(params=["classes", "language"])
+@pytest.fixture(params=["classes", pytest.param("language", marks=pytest.mark.slow)])
 def any_trial(request) -> Trial:
     return request.getfixturevalue(request.param)
 

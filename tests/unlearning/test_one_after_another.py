@@ -88,6 +88,7 @@ def test_an_erased_client_is_not_asked_to_forget_a_class_it_had(run: Path) -> No
     assert not any(erased in row for row in asked(run))
 
 
+@pytest.mark.slow
 def test_a_run_that_asked_an_excluded_client_again_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "careless.py").write_text(CARELESS)
     new_key(tmp_path / "keys" / "officer")
@@ -106,6 +107,7 @@ def test_a_run_that_asked_an_excluded_client_again_is_not_published(tmp_path: Pa
         unload_plugins()
 
 
+@pytest.mark.slow
 def test_where_only_excluded_clients_have_the_rows_nobody_is_asked(run: Path) -> None:
     erased, other = asked(run)[0][:2]
     take_out(run, "client", [erased], "npo", **FORGETS)
@@ -149,6 +151,7 @@ def test_suppressed_records_are_erased_by_a_rollback_and_their_forget_round_with
         plan_for(run, Request("data", tuple(names)))
 
 
+@pytest.mark.slow
 def test_a_rollback_begins_before_the_records_that_were_only_suppressed(run: Path) -> None:
     config, early, late = read_config(run), asked(run)[0][0], newcomer(run)
     suppressed, other = own_names(config, early)[0], own_names(config, late)[0]

@@ -146,6 +146,7 @@ def test_a_client_whose_rows_are_all_taken_out_is_taken_out_with_them(tmp_path: 
         plan_rollback(tmp_path / "run", ["c9"])
 
 
+@pytest.mark.slow
 def test_without_an_old_enough_checkpoint_everything_is_played_again(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", keep_checkpoints=1)
     launch.run(config, quiet)

@@ -229,6 +229,7 @@ def same_end(folder: Path, whole: Path, keys: Path, name: str) -> None:
     assert read_json(folder / "contributions" / "manifest.json") == read_json(whole / "contributions" / "manifest.json")
 
 
+@pytest.mark.slow
 def test_stopped_while_it_mends_and_asked_again_it_ends_the_same(tmp_path: Path, keys: Path) -> None:
     folder, whole = played(tmp_path / "run"), tmp_path / "whole"
     shutil.copytree(folder, whole)
