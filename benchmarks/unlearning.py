@@ -33,6 +33,7 @@ import torch
 import typer
 from cached import shorten
 from sections import fill, read_results
+from streams import LORA
 
 import clients.runtime
 from fedlora.config import RunConfig, parse_config
@@ -69,12 +70,7 @@ ACTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 SCENARIOS = {"client": 20, "records": 20}  # clients
 CLINC: Mapping[str, Any] = {
     "model": {"name": "builtin:minilm"},
-    "lora": {
-        "r": 16,
-        "lora_alpha": 16,
-        "target_modules": r".*layer\.5\..*(query|value)",
-        "modules_to_save": ["classifier", "pooler"],
-    },
+    "lora": LORA,
     "training": {
         "learning_rate": 0.004,
         "per_device_train_batch_size": 16,

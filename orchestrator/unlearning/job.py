@@ -11,14 +11,13 @@ from fedlora.errors import UnlearningError
 from fedlora.unlearning.standing import Standing
 from orchestrator.checkpoint import load_latest
 from orchestrator.lease import Lease
-from orchestrator.results import export_adapter
+from orchestrator.results import WEIGHTS, export_adapter
 from orchestrator.state import RunState
 from orchestrator.stores.files import file_sha256, read_config, read_json
 from orchestrator.unlearning.requests import FOLDER, advance, find_request
 from orchestrator.unlearning.rollback import Rollback
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-WEIGHTS = "adapter_model.safetensors"
 ASIDE = "adapter"  # in the space of a request: what was in use until it was contained
 
 
@@ -70,9 +69,7 @@ class Job:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run has played all its rounds."""
-    state, _ = load_latest(folder)
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    return state is not None and summary.get("status") == "finished"
+    return _says_so(folder) and load_latest(folder)[0] is not None
 
 
 def finished_state(folder: Path) -> RunState:
@@ -82,9 +79,15 @@ def finished_state(folder: Path) -> RunState:
         UnlearningError: if it has not.
     """
     state, _ = load_latest(folder)
-    if state is None or not is_finished(folder):
+    if state is None or not _says_so(folder):
         raise UnlearningError(f"{folder} is not finished; let it end, or use rollback, which need not wait for it")
     return state
+
+
+def _says_so(folder: Path) -> bool:
+    """Whether the summary of a run says that it has finished."""
+    path = folder / "summary.json"
+    return path.exists() and read_json(path).get("status") == "finished"
 
 
 def put_in_use(folder: Path, state: RunState) -> Path:
