@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fedlora.config import RunConfig
 from fedlora.errors import FedLoRAError
@@ -36,6 +37,15 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
+class TrainsTogether(Protocol):
+    """A runtime that can train several clients in one pass."""
+
+    def train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
+        """Wire bytes of every client's update; None for one that has to be trained alone."""
+        ...
+
+
 OpenRuntime = Callable[[RunConfig, int], Runtime]  # from a configuration and torch threads; importable by its name
 
 
@@ -57,3 +67,19 @@ def attempt(runtime: Runtime, task: TrainTask) -> Reply:
         trace = f"client {task.client}, round {task.round}\n{traceback.format_exc()}"
         return Reply(task.client, None, f"{type(error).__name__}: {error}", trace, time.perf_counter() - start)
     return Reply(task.client, payload, seconds=time.perf_counter() - start)
+
+
+def attempt_together(runtime: Runtime, tasks: Sequence[TrainTask]) -> list[Reply]:
+    """The answers of a cohort. Whoever cannot be one of it, or fails in it, is tried alone, and so is everybody if the
+    whole cohort fails.
+    """
+    start = time.perf_counter()
+    found: list[bytes | None] = [None] * len(tasks)
+    if len(tasks) > 1 and isinstance(runtime, TrainsTogether):
+        with contextlib.suppress(Exception):  # out of memory, or a method that wants the model to itself
+            found = runtime.train_together(tasks)
+    seconds = (time.perf_counter() - start) / max(1, sum(payload is not None for payload in found))
+    return [
+        attempt(runtime, task) if payload is None else Reply(task.client, payload, seconds=seconds)
+        for task, payload in zip(tasks, found, strict=True)
+    ]

@@ -46,10 +46,13 @@ class RayWorker:
     def stats(self) -> Any:
         return self._runtime.stats()
 
-    def train(self, tasks: Sequence[tuple[Any, int]], patches: Any, *adapters: bytes) -> list[tuple[Any, Any]]:
+    def train(
+        self, cohorts: Sequence[int], tasks: Sequence[tuple[Any, int]], patches: Any, *adapters: bytes
+    ) -> list[tuple[Any, Any]]:
         """A reply per task, its payload beside it.
 
         Args:
+            cohorts: how many of the tasks, one after another, share each pass.
             tasks: each with the position of its adapter.
             patches: the ledger of all of these tasks: (id, reference).
             adapters: Ray fetches arguments of a call itself, and each distinct one once.
@@ -62,14 +65,15 @@ class RayWorker:
 
         import numpy as np
 
-        from clients.attempt import attempt
+        from clients.attempt import attempt_together
 
         done = []
         ledger = self._patches(patches)
-        for task, index in tasks:
-            reply = attempt(self._runtime, replace(task, adapter=adapters[index], ledger=ledger))
-            payload = None if reply.payload is None else np.frombuffer(reply.payload, np.uint8)
-            done.append((replace(reply, payload=None), payload))
+        whole = iter([replace(task, adapter=adapters[index], ledger=ledger) for task, index in tasks])
+        for size in cohorts:
+            for reply in attempt_together(self._runtime, [next(whole) for _ in range(size)]):
+                payload = None if reply.payload is None else np.frombuffer(reply.payload, np.uint8)
+                done.append((replace(reply, payload=None), payload))
         return done
 
     def evaluate(self, tasks: Sequence[tuple[Any, int]], patches: Any, *adapters: bytes) -> list[tuple[Any, float]]:

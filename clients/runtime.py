@@ -8,7 +8,7 @@ import random
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import fedlora.continual.prototypes
 import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
 from clients.forget import rows_to_forget
+from clients.lesson import Learned, Lesson, adapter_name, with_personal
 from clients.live import open_live
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
@@ -32,9 +33,8 @@ from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.ledger import frozen
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
-from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
-from fedlora.aggregation.combine import make_delta, part_of
+from fedlora.aggregation.combine import make_delta
 from fedlora.config import ForgettingConfig, RunConfig, TrainingConfig
 from fedlora.continual.course import Course
 from fedlora.continual.replay import kept_rows, met_rows
@@ -43,37 +43,21 @@ from fedlora.data.partition import Corpus
 from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError
 from fedlora.plugins import load_plugins
-from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
+from fedlora.protocol import PARTS, BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import steps_of
+from fedlora.training.capacity import clients_per_pass
+from fedlora.training.cohort import train_cohort
 from fedlora.training.evaluate import HARD_POOL, evaluate, hardest
 from fedlora.training.features import features, nearest
-from fedlora.training.loop import LocalResult, LocalWork, train
-from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
+from fedlora.training.loop import LocalResult, train
+from fedlora.training.methods import Answer, Local, MethodStack, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, Base, check_length, load_base
+from fedlora.training.stacked import why_not
 from fedlora.unlearning.forgetting import ForgetWork, unlearn
 from fedlora.unlearning.recipe import recipe_of
 
 LATE_S = 30.0  # how long a worker waits for rows that the server has seen
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """What training comes to, before anything is sent.
-
-    Attributes:
-        delta: trained minus received, of the parts that travel.
-        extras: the answer to the strategy's extra tensors.
-        private: what the client keeps to itself.
-        rows: that can be learned from.
-        metrics: as sent.
-    """
-
-    delta: Mapping[str, Tensor]
-    extras: Mapping[str, Tensor]
-    private: Private
-    rows: int
-    metrics: Mapping[str, float]
 
 
 class ClientRuntime:
@@ -119,7 +103,13 @@ class ClientRuntime:
 
     def base(self) -> BaseInfo:
         """The base model that all clients share."""
-        return self._model().info()
+        adapted = self._model()
+        info, model = adapted.info(), adapted.at_rank(1)
+        if alone := why_not(model, adapter_name(1)):
+            return replace(info, alone=alone)
+        name_parameters(model, adapter_name(1), PARTS)
+        batch, length = self._config.training.per_device_train_batch_size, self._config.data.max_length
+        return replace(info, cohort=clients_per_pass(model, batch, length, not info.labels, adapted.base.device))
 
     def train(self, task: TrainTask) -> bytes:
         """Execute one task.
@@ -134,22 +124,54 @@ class ClientRuntime:
             learned = self._attack(assault, task)
         else:
             learned = self._learn(task)
+        return self._answer(task, learned)
+
+    def train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
+        """Execute tasks of one round with the same ledger and the same trained parts in one pass over the base.
+
+        Returns:
+            What ``train`` gives, up to rounding and dropout; None for a client that has to be trained alone.
+        """
+        lessons: dict[int, Lesson] = {}
+        for place, task in enumerate(tasks):
+            if self._can_share(task):
+                with contextlib.suppress(Exception):  # what is wrong with a client shows when it is trained alone
+                    lessons[place] = self._begin(task)
+        answers: list[bytes | None] = [None] * len(tasks)
+        if len(lessons) < 2:
+            return answers
+        adapted, first = self._model(), next(iter(lessons.values()))
+        adapted.patch_base(first.task.ledger)  # what does not fit a client's rank is among its tensors
+        which = adapted.at_rank(first.task.plan.rank), first.adapter
+        members = [lesson.member() for lesson in lessons.values()]
+        found = train_cohort(*which, members, first.begun.trained, first.options, first.local.pad_token_id)
+        for (place, lesson), trained in zip(lessons.items(), found, strict=True):
+            if trained.result is not None:
+                lesson.put_back(adapted, trained.tensors)
+                answers[place] = self._answer(lesson.task, lesson.learned(trained.result))
+        return answers
+
+    def _can_share(self, task: TrainTask) -> bool:
+        """Whether a client can be one of a cohort."""
+        hostile = self._assault is not None and task.client in self._assault.group
+        return not (hostile or task.forget is not None or MethodStack(task.plan.methods).alone)
+
+    def _answer(self, task: TrainTask, learned: Learned) -> bytes:
         if _needs_private(task.plan):
             self._private.save(task.client, task.round, learned.private, task.accepted)
         told = (learned.delta, learned.rows, learned.metrics, learned.extras)
         return encode_update(task.client, task.round, task.received, *told)
 
-    def _learn(self, task: TrainTask, examples: Sequence[Example] | None = None, trains: bool = True) -> Learned:
-        """What a client comes to, honestly unless told otherwise; nothing is sent or saved.
+    def _begin(self, task: TrainTask, examples: Sequence[Example] | None = None) -> Lesson:
+        """A client before its first step.
 
         Args:
             examples: what it trains on; default its own rows.
-            trains: otherwise it only says that it did.
         """
         adapted = self._model()
         received, extras = decode_parcel(task.adapter)
         methods = MethodStack(task.plan.methods)
-        model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
+        model, name = adapted.at_rank(task.plan.rank), adapter_name(task.plan.rank)
         adapted.patch_base(task.ledger, received.frozen)
         private = self._private.load(task.client, task.accepted) if _needs_private(task.plan) else Private()
         start = with_personal(received, private.personal, task.plan.keep)
@@ -163,32 +185,28 @@ class ClientRuntime:
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
-        pad_token_id = adapted.base.tokenizer.pad_token_id
         labels = self._competing(task, examples)
+        pad_token_id = adapted.base.tokenizer.pad_token_id
         local = Local(model, parameters, examples, pad_token_id, labels, self._earlier(task), task.seed)
         memory = methods.begin(replace(begun, local=local))
+        fresh = self._fresh_loss(local, rows.examples) if buffer else None
+        seen = len(rows.examples), rows.dropped, fresh
+        return Lesson(task, start, begun, local, options, methods, memory, private, *seen)
+
+    def _learn(self, task: TrainTask, examples: Sequence[Example] | None = None, trains: bool = True) -> Learned:
+        """What a client comes to, honestly unless told otherwise; nothing is sent or saved.
+
+        Args:
+            examples: what it trains on; default its own rows.
+            trains: otherwise it only says that it did.
+        """
+        lesson = self._begin(task, examples)
         if trains:
-            work = LocalWork(model, parameters, examples, options, task.seed, pad_token_id, methods, memory, labels)
-            fresh = self._fresh_loss(local, rows.examples) if buffer else None
-            result = train(work)
-            if fresh is not None:
-                result = replace(result, first_loss=fresh)
-            answer = methods.finish({key: tensor.detach() for key, tensor in parameters.items()}, result.memory)
-        else:
-            result = _pretend(model, examples, options, pad_token_id)
-            answer = Answer({name: torch.zeros_like(tensor) for name, tensor in extras.items()})
-        metrics = {
-            "loss": result.loss,
-            "first_loss": result.first_loss,
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "rows": result.rows,
-            "dropped_rows": rows.dropped,
-        }
-        trained = extract(model, name)
-        delta = make_delta(start, trained, task.plan.send)
-        private = private.updated(personal(trained, task.plan.keep), answer.kept)
-        return Learned(delta, answer.extras, private, len(rows.examples), metrics)
+            return lesson.learned(train(lesson.work()))
+        local = lesson.local
+        result = _pretend(local.model, local.examples, lesson.options, local.pad_token_id)
+        silent = Answer({name: torch.zeros_like(tensor) for name, tensor in lesson.begun.extras.items()})
+        return replace(lesson, fresh_loss=None).learned(result, silent)
 
     def _forget(self, task: TrainTask, asked: ForgettingConfig) -> Learned:
         """What a client comes to that makes rows unlikely, and keeps others; no change where it learned from none."""
@@ -200,7 +218,7 @@ class ClientRuntime:
             still = make_delta(received, received, task.plan.send)
             return Learned(still, unanswered, Private(), 1, {"steps": 0, "tokens": 0, "rows": 0})
         adapted = self._model()
-        model, name = adapted.at_rank(task.plan.rank), f"r{task.plan.rank}"
+        model, name = adapted.at_rank(task.plan.rank), adapter_name(task.plan.rank)
         adapted.patch_base(task.ledger, received.frozen)
         insert(model, name, received)
         parameters = name_parameters(model, name, task.plan.train)
@@ -257,7 +275,7 @@ class ClientRuntime:
                 return EvalResult(task.subject, 0.0, 0, 0, 0, error=str(error))
             state = with_personal(state, own, task.keep)
         state = state.map(lambda update: pad(update, state.rank))  # a strategy may give modules different ranks
-        model, name = adapted.at_rank(state.rank), f"r{state.rank}"
+        model, name = adapted.at_rank(state.rank), adapter_name(state.rank)
         adapted.patch_base(task.ledger, state.frozen)
         insert(model, name, state)
         if task.probe:
@@ -437,23 +455,6 @@ class ClientRuntime:
         if not rows.shards.get(client):
             raise DataError(f"client {client} has no rows to train on")
         return corpus.train.select(rows.shards[client])
-
-
-def personal(state: AdapterState, keep: frozenset[str]) -> dict[str, Tensor]:
-    """The tensors of the parts a client keeps, by name."""
-    return {name: tensor for name, tensor in state.tensors().items() if part_of(name) in keep}
-
-
-def with_personal(received: AdapterState, kept: Mapping[str, Tensor], keep: frozenset[str]) -> AdapterState:
-    """What a client starts from: its own parts where it has them, else what it received.
-
-    Its own are cut or padded with zeros where its rank has changed since.
-    """
-    flat = received.tensors()
-    for name, tensor in kept.items():
-        if part_of(name) in keep and name in flat:
-            flat[name] = fitted(tensor, flat[name])
-    return AdapterState.from_tensors(flat)
 
 
 def _needs_private(plan: TrainPlan) -> bool:

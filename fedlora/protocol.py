@@ -50,6 +50,8 @@ class BaseInfo:
         dense: initial values of the tensors trained in full.
         num_parameters: of the base alone.
         merges: whether patches go into the weights; otherwise they stay beside them.
+        cohort: clients that may train in one pass.
+        alone: why no two can; empty where they can.
     """
 
     task: str
@@ -59,6 +61,8 @@ class BaseInfo:
     dense: Mapping[str, Tensor]
     num_parameters: int
     merges: bool = True
+    cohort: int = 1
+    alone: str = ""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,10 @@ class Screen:
             f" {speed['median']:.3g}), {band['slowest']:.3g} to {band['fastest']:.3g} Mbit/s; times are virtual"
         )
 
+    def _on_cohorts(self, fields: Mapping[str, Any]) -> None:
+        if fields["alone"]:
+            self._say(f"clients train one after another, not in one pass: {fields['alone']}")
+
     def _on_attackers(self, fields: Mapping[str, Any]) -> None:
         self._say(f"[yellow]attack:[/] {escape(describe_attack(fields['attack'], fields['clients']))}")
 

@@ -60,6 +60,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     fresh = initial_adapter(base.sites, base.dense, rank, config.seed, config.lora.init)
     for stats in pool.stats():
         emit("worker_ready", asdict(stats))
+    emit("cohorts", {"clients": config.training.cohort_size or base.cohort, "alone": base.alone})
     course = Course.of(config.continual, config.seed) if config.continual else None
     stops = [config.continual.stops[place] for place in config.continual.present] if config.continual else []
     fed = Federation(

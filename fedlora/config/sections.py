@@ -192,6 +192,12 @@ class TrainingConfig(Section):
         True,
         description="false runs the frozen base without its own dropout, a third faster on a CPU; lora_dropout stays",
     )
+    cohort_size: int | None = Field(
+        None,
+        ge=1,
+        description="clients that train in one pass over the base, equal to each alone up to rounding; 1 trains each"
+        " alone; default: up to 8 (64 on a GPU), as many as memory holds",
+    )
     group_by_length: bool = Field(True, description="batches of rows of similar length, so that padding is short")
 
     @model_validator(mode="after")

@@ -26,6 +26,8 @@ class LwF(LocalMethod):
     Source: LwF (Li & Hoiem, 2016, arXiv 1606.09282), eq. 2 and 3, whose temperature is 2.
     """
 
+    alone = True
+
     def __init__(self, weight: float, temperature: float):
         self.weight, self.temperature = weight, temperature
 

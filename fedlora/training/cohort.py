@@ -35,7 +35,7 @@ class Member:
     """One client of a cohort.
 
     Attributes:
-        tensors: its whole adapter as it starts, by tensor name, in PEFT's units.
+        tensors: its whole adapter as it starts, frozen components included, by tensor name, in PEFT's units.
         examples: at least one row.
         seed: of batch order.
         methods, memory: local methods that need no model of their own, and what they begin with.
@@ -105,7 +105,8 @@ class _Run:
     ):
         self.model, self.adapter, self.members, self.steps = model, adapter, members, steps
         self.options, self.pad_token_id = options, pad_token_id
-        self.stacks = {name: _stack([member.tensors[name] for member in members]) for name in members[0].tensors}
+        names = dict.fromkeys(name for member in members for name in member.tensors)
+        self.stacks = {name: _stack([member.tensors.get(name) for member in members]) for name in names}
         self.trained = {name: self.stacks[name].requires_grad_() for name in sorted(trained)}
         self.device = next(iter(self.stacks.values())).device
         self.memories = [member.memory for member in members]
@@ -222,8 +223,8 @@ class _Run:
 
     def _own(self, stacks: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """One member's part of some stacks, without the padding: views."""
-        shapes = {name: self.members[k].tensors[name].shape for name in stacks}
-        return {name: stack[k][tuple(map(slice, shapes[name]))] for name, stack in stacks.items()}
+        mine = {name: tensor.shape for name, tensor in self.members[k].tensors.items() if name in stacks}
+        return {name: stacks[name][k][tuple(map(slice, shape))] for name, shape in mine.items()}
 
     def _answer(self, k: int) -> Trained:
         tensors = _copies(_detached(self._own(self.stacks, k)))
@@ -234,12 +235,14 @@ class _Run:
         return Trained(tensors, LocalResult(*told))
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """[K, ...] of tensors that may differ in rank, padded with zeros."""
-    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    whole = torch.zeros(len(tensors), *shape, dtype=tensors[0].dtype, device=tensors[0].device)
-    for k, tensor in enumerate(tensors):
-        whole[k][tuple(map(slice, tensor.shape))] = tensor.detach()
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor:
+    """[K, ...] of tensors that may differ in rank, or be missing, padded with zeros."""
+    present = {k: tensor.detach() for k, tensor in enumerate(tensors) if tensor is not None}
+    like = next(iter(present.values()))
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in present.values()), strict=True)]
+    whole = like.new_zeros(len(tensors), *shape)
+    for k, tensor in present.items():
+        whole[k][tuple(map(slice, tensor.shape))] = tensor
     return whole
 
 

@@ -100,11 +100,13 @@ class LocalMethod(Protocol):
         channel: prefix of the strategy's extra tensors that are for this method; empty if there are none.
         keeps: whether it keeps tensors on the client from round to round.
         data_weight: of the data's loss beside what methods add to it; those of several are multiplied.
+        alone: whether it runs the client's model between ``begin`` and ``finish``; its client then trains alone.
     """
 
     channel: str = ""
     keeps: bool = False
     data_weight: float = 1.0
+    alone: bool = False
 
     def begin(self, start: Start) -> Memory:
         """The memory before the first step."""
@@ -265,6 +267,11 @@ class MethodStack:
     def keeps(self) -> bool:
         """Whether any of them keeps tensors from round to round."""
         return any(method.keeps for method in self._methods.values())
+
+    @property
+    def alone(self) -> bool:
+        """Whether any of them wants the model to itself while the client trains."""
+        return any(method.alone for method in self._methods.values())
 
     @property
     def data_weight(self) -> float:

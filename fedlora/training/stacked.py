@@ -1,7 +1,8 @@
 """Adapters of many clients in one model: the base's layers run once over everybody's rows, the clients' own by bmm.
 
-Every tensor of an adapter is a stack with the clients in front: A [K, r, in], B [K, out, r], C [K, r, r] and what is
-trained in full [K, ...]. A client of a smaller rank has zeros in the rest of its factors, whose gradients are zero.
+Every tensor of an adapter is a stack with the clients in front: A [K, r, in], B [K, out, r], C [K, r, r], frozen
+components and what is trained in full [K, ...]. A client of a smaller rank has zeros in the rest of its factors, whose
+gradients are zero.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ class StackedLora(nn.Module):
         if C is not None:
             inner = torch.bmm(inner, C[:count].transpose(1, 2))
         own = torch.bmm(inner, B[:count].transpose(1, 2)) * self._scaling
+        if f"{self._path}:frozen.A" in self._stacks:
+            down, up = (self._stacks[f"{self._path}:frozen.{part}"][:count].transpose(1, 2) for part in "AB")
+            own = own + torch.bmm(torch.bmm(self._rows.split(x.to(A.dtype)), down), up)
         return (y + self._rows.join(own, x)).to(y.dtype)
 
 

@@ -1,17 +1,18 @@
 """Clients on Ray actors: on this machine, or on a cluster.
 
 Ray holds nothing that matters. A task travels as a few numbers and a reference to its adapter, short tasks several in
-one call; replies are taken as they arrive. The tasks of a worker that dies are given to others, each alone: a task
-that kills its workers takes no other down twice. What a client comes to depends on none of this.
+one call; replies are taken as they arrive. A cohort goes to one worker. The work of a worker that dies is given to
+others, each cohort in a call of its own, and the clients of one that dies too often each alone: a client that kills its
+workers takes no other down. What a client comes to depends on none of this.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, groupby, islice
 from typing import Any
 
 from clients.attempt import OpenRuntime, open_runtime
@@ -21,6 +22,7 @@ from fedlora.plugins import load_plugins
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
 from orchestrator.pools import check_one_each
 from orchestrator.pools.balance import Pace, call_size, training_flops
+from orchestrator.pools.cohorts import Division
 from orchestrator.pools.crew import EXAMINE_S, Crew, Worker, connect, first_line
 from orchestrator.pools.shelf import Shelf, ledger_of
 
@@ -28,7 +30,7 @@ import ray  # isort: skip - after crew, which sets what Ray reads when it is imp
 from ray.exceptions import RayError, RayTaskError  # isort: skip
 
 _POLL_S = 0.005  # between looks for idle workers while somebody else works on the replies
-_LOOK_AHEAD = 1000  # tasks of the queue that are looked at for one call
+_LOOK_AHEAD = 1000  # cohorts of the queue that are looked at for one call
 HELD_UP_S = 60.0  # that scores wait for workers which all train for rounds gone by
 
 
@@ -38,7 +40,8 @@ class _Job:
 
     Attributes:
         cost: estimated, in whatever unit its kind of task has.
-        alone: it shares its call with no other.
+        cohort: which of the queue's cohorts it belongs to; they stay together.
+        alone: its cohort shares its call with no other.
         tries: workers that died over it.
         wanted: false once it has been abandoned.
         result: of a task of evaluation.
@@ -46,6 +49,7 @@ class _Job:
 
     task: TrainTask | EvalTask
     cost: float
+    cohort: int
     alone: bool = False
     tries: int = 0
     wanted: bool = True
@@ -103,6 +107,7 @@ class RayPool:
             self.close()
             raise
         self._by_id = {member.id: member for member in self._members}
+        self._division, self._numbers = Division(config, self._members, self._base), count()
 
     @property
     def workers(self) -> int:
@@ -120,10 +125,17 @@ class RayPool:
         for reference, call in list(self._out.calls.items()):
             if any(job.trains in again for job in call.jobs):
                 self._evict(reference)  # given up before, and still at it: a client does one thing at a time
-        jobs = [_Job(task, self._cost(task)) for task in tasks]
+        cohorts = self._division.cohorts(tasks) if timeout_s is None else [(task,) for task in tasks]
+        jobs = list(self._out.queue)
+        for cohort in cohorts:
+            number = next(self._numbers)
+            jobs += [_Job(task, self._cost(task), number) for task in cohort]
         for task in tasks:
             self._shelf.put(task)
-        self._out.queue = deque(sorted([*self._out.queue, *jobs], key=lambda job: (not job.alone, -job.cost)))
+        costs: dict[int, float] = {}
+        for job in jobs:
+            costs[job.cohort] = costs.get(job.cohort, 0.0) + job.cost
+        self._out.queue = deque(sorted(jobs, key=lambda job: (not job.alone, -costs[job.cohort], job.cohort)))
         return self._replies(timeout_s)
 
     def abandon(self, clients: Collection[str]) -> None:
@@ -143,7 +155,8 @@ class RayPool:
         jobs = []
         for task in tasks:
             client = self._by_id.get(task.subject)
-            jobs.append(_Job(task, 1.0 + (client.num_heldout if client else 0), alone=not client))
+            cost = 1.0 + (client.num_heldout if client else 0)
+            jobs.append(_Job(task, cost, next(self._numbers), alone=not client))
             self._shelf.put(task)
         # nobody can go on without the scores; the server's shards are the longest of them
         self._out.queue.extendleft(sorted(jobs, key=lambda job: (not job.alone, -job.cost), reverse=True))
@@ -224,30 +237,35 @@ class RayPool:
             if self._crew.is_dead(worker):
                 self._crew.lose(worker)  # while it had nothing to do: no task has to pay for it
                 continue
-            share = together or not self._out.queue[0].trains
-            jobs = self._next_jobs() if share else [self._out.queue.popleft()]
+            jobs = self._next_jobs(together or not self._out.queue[0].trains)
             adapters = {job.task.adapter: self._shelf.adapter(job.task) for job in jobs}
             places = {adapter: place for place, adapter in enumerate(adapters)}
             tasks = [(replace(job.task, adapter=b"", ledger=()), places[job.task.adapter]) for job in jobs]
-            execute = worker.actor.train if jobs[0].trains else worker.actor.evaluate
-            reference = execute.remote(tasks, self._shelf.patches(jobs[0].task), *adapters.values())
+            more: Any = tasks, self._shelf.patches(jobs[0].task)
+            if jobs[0].trains:
+                sizes = [len(list(own)) for _, own in groupby(job.cohort for job in jobs)]
+                reference = worker.actor.train.remote(sizes, *more, *adapters.values())
+            else:
+                reference = worker.actor.evaluate.remote(*more, *adapters.values())
             self._out.calls[reference] = _Call(worker, jobs)
 
-    def _next_jobs(self) -> list[_Job]:
-        """The first of the queue, and with it what can share its call."""
+    def _next_jobs(self, share: bool) -> list[_Job]:
+        """The first cohort of the queue, and with it what can share its call."""
         queue, first = self._out.queue, self._out.queue[0]
-        together: list[_Job] = []
-        for job in islice(queue, _LOOK_AHEAD):
+        together: list[list[_Job]] = []
+        for _, group in islice(groupby(queue, lambda job: job.cohort), _LOOK_AHEAD):
+            cohort = list(group)
+            job = cohort[0]
             alike = type(job.task) is type(first.task) and ledger_of(job.task) == ledger_of(first.task)
             if together and (job.alone or not alike):
                 break
-            together.append(job)
-            if job.alone:
+            together.append(cohort)
+            if job.alone or not share:
                 break
-        size = len(first.task.adapter) if first.trains else 0
-        costs = [job.cost for job in together]
+        size = sum(len(job.task.adapter) for job in together[0]) if first.trains else 0
+        costs = [sum(job.cost for job in cohort) for cohort in together]
         count = call_size(costs, size, self._pace[type(first.task)], self.workers)
-        return [queue.popleft() for _ in range(count)]
+        return [queue.popleft() for cohort in together[:count] for _ in cohort]
 
     def _take(self, reference: Any) -> None:
         """The results of a call, or what became of it."""
@@ -279,15 +297,19 @@ class RayPool:
 
     def _try_again(self, call: _Call, reason: str) -> None:
         """The jobs of a worker that died."""
+        sizes = Counter(job.cohort for job in call.jobs if job.wanted)
         for job in reversed(call.jobs):
             job.tries, job.alone = job.tries + 1, True
             if not job.wanted:
                 self._shelf.drop(job.task)
-            elif job.tries > self._config.ray.task_retries:
+            elif job.tries <= self._config.ray.task_retries:
+                self._out.queue.appendleft(job)
+            elif sizes[job.cohort] > 1:
+                job.cohort = next(self._numbers)  # one of them may be at fault: each once more, alone
+                self._out.queue.appendleft(job)
+            else:
                 times = "once" if job.tries == 1 else f"{job.tries} times"
                 self._finish(job, _failed(job.task, f"its worker died {times} ({reason})"))
-            else:
-                self._out.queue.appendleft(job)
 
     def _held_up(self) -> Any:
         """The oldest call of late training, if such calls have all the workers."""
@@ -303,12 +325,15 @@ class RayPool:
         """
         call = self._out.calls.pop(reference)
         self._crew.lose(call.worker)
-        for job in reversed(call.jobs):
-            if job.wanted:
-                job.alone = True
-                self._out.queue.append(job) if anew else self._out.queue.appendleft(job)
-            else:
+        again = [job for job in call.jobs if job.wanted]
+        for job in call.jobs:
+            job.alone = True
+            if not job.wanted:
                 self._shelf.drop(job.task)
+        if anew:
+            self._out.queue.extend(again)
+        else:
+            self._out.queue.extendleft(reversed(again))
 
     def _cost(self, task: TrainTask) -> float:
         client = self._by_id.get(task.client) or ClientInfo(task.client, task.plan.rank, 1)
