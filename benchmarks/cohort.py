@@ -190,7 +190,7 @@ def section(pairs: int, steps: int, names: Sequence[str]) -> str:
         "",
         f"{where}, torch {torch.__version__} with {torch.get_num_threads()} threads; load average {load:.1f} before.",
         "",
-        "| case | clients | rows | tokens | loop, s | cohort, s | pass, s | single, s | loop / cohort | pass / single |",
+        "| case | clients | rows | tokens | loop, s | cohort, s | pass, s | single, s | loop/cohort | pass/single |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in names:

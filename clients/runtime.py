@@ -326,7 +326,9 @@ class ClientRuntime:
         if self._adapted is None:
             base = self._load()
             check_length(base.model, self._config.data.max_length)
-            self._adapted = AdaptedModel(base, adapter_spec(self._config))
+            self._adapted = AdaptedModel(
+                base, adapter_spec(self._config), self._config.training.prefix_cache_gb * 2**30
+            )
         return self._adapted
 
     def _load(self) -> Base:

@@ -198,6 +198,12 @@ class TrainingConfig(Section):
         description="clients that train in one pass over the base, equal to each alone up to rounding; 1 trains each"
         " alone; default: up to 8 (64 on a GPU), as many as memory holds",
     )
+    prefix_cache_gb: float = Field(
+        1.0,
+        ge=0,
+        description="memory of each worker for what frozen layers below the lowest adapted one make of a row, which is"
+        " computed once; not used where those layers have dropout in training; 0 turns it off",
+    )
     group_by_length: bool = Field(True, description="batches of rows of similar length, so that padding is short")
 
     @model_validator(mode="after")

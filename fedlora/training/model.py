@@ -31,6 +31,7 @@ from fedlora.seeds import derive_seed
 from fedlora.training.base_patches import SideUpdates, base_layer, merge, takes_patches
 from fedlora.training.builtin import resolve
 from fedlora.training.heads import HEADS, put_cosine_head
+from fedlora.training.prefix import put_prefix
 
 _HALF_DONE = (Patch("half done", b""),)
 
@@ -85,14 +86,20 @@ class Base:
 
 
 class AdaptedModel:
-    """One base model that carries one adapter per distinct rank; the base is shared by all."""
+    """One base model that carries one adapter per distinct rank; the base is shared by all.
 
-    def __init__(self, base: Base, spec: AdapterSpec):
+    Args:
+        prefix_bytes: memory for what frozen layers below the adapters make of each row, see ``FrozenPrefix``. Not for
+            a model whose base weights somebody changes.
+    """
+
+    def __init__(self, base: Base, spec: AdapterSpec, prefix_bytes: float = 0):
         self.base = base
         self.spec = spec
         self._sites = find_sites(base.model, spec.target_modules)
         self._saved = find_saved(base.model, spec.modules_to_save, base.spec.task)
         self._peft: Any = None
+        self.prefix = put_prefix(base.model, self._sites, prefix_bytes, base.spec.task == "causal-lm")
         self.merges = takes_patches(base.model, list(self._sites))
         self._patches: tuple[Patch, ...] = ()
         self._side = SideUpdates(base.model)
