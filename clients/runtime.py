@@ -30,6 +30,7 @@ from clients.private_state import Private, PrivateState
 from clients.probe import Probe
 from clients.ranks import assign_ranks
 from clients.specs import adapter_spec, base_spec, task_of
+from clients.stopwatch import Stopwatch
 from fedlora.adapter.ledger import frozen
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
@@ -73,6 +74,7 @@ class ClientRuntime:
         self._live = open_live(config, self.corpus)
         self._course = Course.of(config.continual, config.seed) if config.continual else None
         self.base_loads = 0
+        self._watch = Stopwatch()
         self._adapted: AdaptedModel | None = None
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._probe = Probe(config)
@@ -118,13 +120,14 @@ class ClientRuntime:
             Wire bytes of a ``ClientUpdate``.
         """
         assault = self._assault
-        if task.forget is not None:
-            learned = self._forget(task, self._config.forgetting[task.forget])
-        elif assault and task.client in assault.group:
-            learned = self._attack(assault, task)
-        else:
-            learned = self._learn(task)
-        return self._answer(task, learned)
+        with self._watch.on("adapters"):
+            if task.forget is not None:
+                learned = self._forget(task, self._config.forgetting[task.forget])
+            elif assault and task.client in assault.group:
+                learned = self._attack(assault, task)
+            else:
+                learned = self._learn(task)
+            return self._answer(task, learned)
 
     def train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
         """Execute tasks of one round with the same ledger and the same trained parts in one pass over the base.
@@ -132,6 +135,10 @@ class ClientRuntime:
         Returns:
             What ``train`` gives, up to rounding and dropout; None for a client that has to be trained alone.
         """
+        with self._watch.on("adapters"):
+            return self._train_together(tasks)
+
+    def _train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
         lessons: dict[int, Lesson] = {}
         for place, task in enumerate(tasks):
             if self._can_share(task):
@@ -144,7 +151,8 @@ class ClientRuntime:
         adapted.patch_base(first.task.ledger)  # what does not fit a client's rank is among its tensors
         which = adapted.at_rank(first.task.plan.rank), first.adapter
         members = [lesson.member() for lesson in lessons.values()]
-        found = train_cohort(*which, members, first.begun.trained, first.options, first.local.pad_token_id)
+        with self._watch.on("train"):
+            found = train_cohort(*which, members, first.begun.trained, first.options, first.local.pad_token_id)
         for (place, lesson), trained in zip(lessons.items(), found, strict=True):
             if trained.result is not None:
                 lesson.put_back(adapted, trained.tensors)
@@ -202,7 +210,9 @@ class ClientRuntime:
         """
         lesson = self._begin(task, examples)
         if trains:
-            return lesson.learned(train(lesson.work()))
+            with self._watch.on("train"):
+                result = train(lesson.work())
+            return lesson.learned(result)
         local = lesson.local
         result = _pretend(local.model, local.examples, lesson.options, local.pad_token_id)
         silent = Answer({name: torch.zeros_like(tensor) for name, tensor in lesson.begun.extras.items()})
@@ -266,6 +276,10 @@ class ClientRuntime:
 
     def evaluate(self, task: EvalTask) -> EvalResult:
         """Score an adapter on a client's held-out rows, or on the server's."""
+        with self._watch.on("evaluate"):
+            return self._evaluate(task)
+
+    def _evaluate(self, task: EvalTask) -> EvalResult:
         adapted = self._model()
         state = decode_adapter(task.adapter)
         if task.keep:
@@ -293,15 +307,9 @@ class ClientRuntime:
         if task.prototypes:
             places = nearest(self._features_of(kind, task, model), task.prototypes)
             rows = [row for row in rows if places[row] == task.route]
-        return evaluate(
-            model,
-            [examples[row] for row in rows],
-            self._config.training.per_device_eval_batch_size,
-            adapted.base.tokenizer.pad_token_id,
-            adapted.base.device,
-            task.subject,
-            self._scored_among(task),
-        )
+        size, pad_token_id = self._config.training.per_device_eval_batch_size, adapted.base.tokenizer.pad_token_id
+        chosen, among = [examples[row] for row in rows], self._scored_among(task)
+        return evaluate(model, chosen, size, pad_token_id, adapted.base.device, task.subject, among)
 
     def _measured(self, task: EvalTask, model: Any) -> EvalResult:
         """The sum of the features of a client's training rows."""
@@ -320,7 +328,8 @@ class ClientRuntime:
     def stats(self) -> WorkerStats:
         """What this process has used so far."""
         peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return WorkerStats(os.getpid(), self.base_loads, torch.get_num_threads(), peak_kb / 1024)
+        used = dict(self._watch.seconds)
+        return WorkerStats(os.getpid(), self.base_loads, torch.get_num_threads(), peak_kb / 1024, used)
 
     def _model(self) -> AdaptedModel:
         if self._adapted is None:
@@ -333,7 +342,8 @@ class ClientRuntime:
 
     def _load(self) -> Base:
         self.base_loads += 1
-        return load_base(base_spec(self._config, task_of(self._config, self.corpus), self.corpus.labels))
+        with self._watch.on("load"):
+            return load_base(base_spec(self._config, task_of(self._config, self.corpus), self.corpus.labels))
 
     def _competing(self, task: TrainTask, examples: Sequence[Example]) -> tuple[int, ...]:
         """The labels that compete in the loss of a task, those of its rows always among them; none for all."""
@@ -444,7 +454,9 @@ class ClientRuntime:
 
     def _encode(self, rows: Sequence[dict[str, Any]], where: str) -> Encoded:
         corpus, limit = self.corpus, self._config.data.max_length
-        return encode(rows, corpus.form, self._model().base.tokenizer, limit, corpus.labels, where)
+        tokenizer = self._model().base.tokenizer
+        with self._watch.on("tokenise"):
+            return encode(rows, corpus.form, tokenizer, limit, corpus.labels, where)
 
     def _table(self, kind: str, client: str, stage: int | None) -> Dataset:
         corpus = self.corpus

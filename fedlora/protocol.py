@@ -266,12 +266,18 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """One worker process: for the journal and the summary."""
+    """One worker process: for the journal and the summary.
+
+    Attributes:
+        seconds: spent so far by kind of work: load, tokenise, train, evaluate, and adapters, which are brought into
+            the model and out of it, decoded and encoded.
+    """
 
     pid: int
     base_loads: int
     threads: int
     peak_rss_mb: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class ClientPool(Protocol):

@@ -342,6 +342,18 @@ def check_strategies(
         raise typer.Exit(2)
 
 
+@app.command("profile")
+def show_profile(
+    run: Annotated[Path, typer.Argument(help="a finished run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Where the time of a run went."""
+    from orchestrator.profile import profile
+
+    found = profile(run)
+    _print(json.dumps(found.to_json()) if as_json else found.to_text())
+
+
 @app.command("lineage")
 def show_lineage(
     run: Annotated[Path, typer.Argument(help="a run folder")],
