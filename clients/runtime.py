@@ -30,10 +30,11 @@ from clients.probe import Probe
 from clients.ranks import assign_ranks
 from clients.specs import adapter_spec, base_spec, task_of
 from fedlora.adapter.ledger import frozen
+from fedlora.adapter.packing import Packing
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
 from fedlora.adapter.state import AdapterState
-from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
+from fedlora.adapter.wire import decode_adapter, decode_parcel, decode_update, encode_update
 from fedlora.aggregation.combine import make_delta, part_of
 from fedlora.config import ForgettingConfig, RunConfig, TrainingConfig
 from fedlora.continual.course import Course
@@ -134,10 +135,27 @@ class ClientRuntime:
             learned = self._attack(assault, task)
         else:
             learned = self._learn(task)
+        if self._config.wire.error_feedback and task.forget is None:
+            return self._send_with_feedback(task, learned)
         if _needs_private(task.plan):
             self._private.save(task.client, task.round, learned.private, task.accepted)
+        return self._message(task, learned)
+
+    def _message(self, task: TrainTask, learned: Learned) -> bytes:
         told = (learned.delta, learned.rows, learned.metrics, learned.extras)
-        return encode_update(task.client, task.round, task.received, *told)
+        packing = Packing(self._config.wire.up, self._config.wire.top_k)
+        return encode_update(task.client, task.round, task.received, *told, packing)
+
+    def _send_with_feedback(self, task: TrainTask, learned: Learned) -> bytes:
+        """Wire bytes of an update to which is added what earlier ones left unsent; what this one leaves is kept."""
+        unsent = self._private.load(task.client, task.accepted).unsent
+        meant = {name: tensor + fitted(unsent.get(name), tensor) for name, tensor in learned.delta.items()}
+        payload = self._message(task, replace(learned, delta=meant))
+        sent = decode_update(payload).delta
+        left = {name: tensor - sent[name] for name, tensor in meant.items()}
+        private = replace(learned.private, unsent={**unsent, **left})
+        self._private.save(task.client, task.round, private, task.accepted)
+        return payload
 
     def _learn(self, task: TrainTask, examples: Sequence[Example] | None = None, trains: bool = True) -> Learned:
         """What a client comes to, honestly unless told otherwise; nothing is sent or saved.
