@@ -95,10 +95,11 @@ def pack(tensors: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
             values = torch.where(kept, values, 0.0)
             masks.append(kept)
         if packing.values in _LEVELS:
-            matrix = values.reshape(_matrix(tensor.shape))
-            scale = _amax(matrix) / _LEVELS[packing.values]
+            matrix, levels = values.reshape(_matrix(tensor.shape)), _LEVELS[packing.values]
+            scale = _amax(matrix) / levels
             # a slice of zeros has the scale 0; what a value that is not finite becomes is no matter, see above
-            values = torch.where(scale > 0, matrix / scale, 0.0).nan_to_num(0.0).round().reshape(tensor.shape)
+            levelled = torch.where(scale > 0, matrix / scale, 0.0).nan_to_num(0.0).round()
+            values = levelled.clamp(-levels, levels).reshape(tensor.shape)  # a subnormal scale may be rounded down
             scales.append(scale)
         codes.append(values if packing.top_k is None else values[kept])
     packed = {CODES: _joined(codes, torch.int8 if packing.values in _LEVELS else torch.float32)}

@@ -81,6 +81,12 @@ def test_int4_by_hand() -> None:
     assert sent({"m:A": x}, Packing("int4"))["m:A"].tolist() == [[7, -3, 0, 2], [0, 0, 0, 0]]
 
 
+def test_a_code_stays_within_its_bits_where_the_scale_has_lost_its_own() -> None:
+    tiny = 2.0**-149
+    back = sent({"m:A": torch.tensor([[190 * tiny, 1.0 * tiny]]), "m:B": torch.ones(2, 1)}, Packing("int8"))
+    assert back["m:A"].tolist() == [[127 * tiny, tiny]]  # 190 / 127 levels is rounded to one
+
+
 @pytest.mark.parametrize("packing", FORMS, ids=lambda p: p.form)
 def test_zeros_and_empty_tensors_come_back_as_they_are(packing: Packing) -> None:
     tensors = {"m:A": torch.zeros(2, 5), "m:B": torch.zeros(0, 2), ":one": torch.tensor(0.0), ":none": torch.zeros(0)}
