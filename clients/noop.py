@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clients.ranks import assign_ranks
+from fedlora.adapter.packing import Packing
 from fedlora.adapter.wire import decode_parcel, encode_update
 from fedlora.aggregation.combine import part_of
 from fedlora.config import RunConfig
@@ -49,7 +50,8 @@ class NoopRuntime:
         received, extras = self._decoded[1]
         sent = {name: tensor for name, tensor in received.tensors().items() if part_of(name) in task.plan.send}
         delta = {name: 1e-3 * tensor for name, tensor in sent.items()}
-        return encode_update(task.client, task.round, task.received, delta, ROWS, {"loss": 1.0}, extras)
+        packing = Packing(self._config.wire.up, self._config.wire.top_k)
+        return encode_update(task.client, task.round, task.received, delta, ROWS, {"loss": 1.0}, extras, packing)
 
     def evaluate(self, task: EvalTask) -> EvalResult:
         return EvalResult(task.subject, float(ROWS), ROWS, ROWS // 2, ROWS)

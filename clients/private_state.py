@@ -1,8 +1,8 @@
-"""What a client keeps to itself, by round: personal parts, and what local methods keep. It never leaves the client.
+"""What a client keeps to itself, by round: personal parts, what local methods keep, what updates left unsent.
 
-Files are named after the round that wrote them, and a task says which of the client's rounds counted last: a round
-that is repeated after a crash, or that follows a refused update, starts from what the client had when the server last
-took something from it.
+None of it leaves the client as it is. Files are named after the round that wrote them, and a task says which of the
+client's rounds counted last: a round that is repeated after a crash, or that follows a refused update, starts from what
+the client had when the server last took something from it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fedlora.errors import FedLoRAError
 
-_PERSONAL, _METHODS = "personal/", "methods/"  # a control variate is called like the tensor it belongs to
+# a control variate is called like the tensor it belongs to, and so is what its update lost
+_PERSONAL, _METHODS, _UNSENT = "personal/", "methods/", "unsent/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +29,16 @@ class Private:
     Attributes:
         personal: its own parts of the adapter, by tensor name, in effective units.
         methods: what local methods keep, by method and tensor name, such as ``scaffold/layers.0.query:A``.
+        unsent: what packing has taken from its updates and the next one adds, by tensor name, in effective units.
     """
 
     personal: Mapping[str, Tensor] = field(default_factory=dict)
     methods: Mapping[str, Tensor] = field(default_factory=dict)
+    unsent: Mapping[str, Tensor] = field(default_factory=dict)
 
     def updated(self, personal: Mapping[str, Tensor], methods: Mapping[str, Tensor]) -> Private:
         """With these tensors in place of those of the same name. A round may touch only some: the rest stays."""
-        return Private({**self.personal, **personal}, {**self.methods, **methods})
+        return replace(self, personal={**self.personal, **personal}, methods={**self.methods, **methods})
 
 
 class PrivateState:
@@ -65,7 +68,7 @@ class PrivateState:
             )
         try:
             tensors = safetensors.torch.load(path.read_bytes())
-            return Private(_below(_PERSONAL, tensors), _below(_METHODS, tensors))
+            return Private(*(_below(prefix, tensors) for prefix in (_PERSONAL, _METHODS, _UNSENT)))
         except Exception as error:  # safetensors raises its own type for a bad file
             raise FedLoRAError(f"the private state {path} of client {client} is damaged ({error})") from error
 
@@ -81,6 +84,7 @@ class PrivateState:
         path = self._file(client, round)
         tensors = {_PERSONAL + name: tensor for name, tensor in private.personal.items()}
         tensors |= {_METHODS + name: tensor for name, tensor in private.methods.items()}
+        tensors |= {_UNSENT + name: tensor for name, tensor in private.unsent.items()}
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,9 +32,10 @@ from clients.ranks import assign_ranks
 from clients.specs import adapter_spec, base_spec, task_of
 from clients.stopwatch import Stopwatch
 from fedlora.adapter.ledger import frozen
+from fedlora.adapter.packing import Packing
 from fedlora.adapter.peft import extract, insert
 from fedlora.adapter.rank import pad
-from fedlora.adapter.wire import decode_adapter, decode_parcel, encode_update
+from fedlora.adapter.wire import decode_adapter, decode_parcel, decode_update, encode_update
 from fedlora.aggregation.combine import make_delta
 from fedlora.config import ForgettingConfig, RunConfig, TrainingConfig
 from fedlora.continual.course import Course
@@ -52,7 +53,7 @@ from fedlora.training.cohort import train_cohort
 from fedlora.training.evaluate import HARD_POOL, evaluate, hardest
 from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, train
-from fedlora.training.methods import Answer, Local, MethodStack, name_parameters, start_from
+from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
 from fedlora.training.model import AdaptedModel, Base, check_length, load_base
 from fedlora.training.stacked import why_not
 from fedlora.unlearning.forgetting import ForgetWork, unlearn
@@ -165,10 +166,21 @@ class ClientRuntime:
         return not (hostile or task.forget is not None or MethodStack(task.plan.methods).alone)
 
     def _answer(self, task: TrainTask, learned: Learned) -> bytes:
-        if _needs_private(task.plan):
-            self._private.save(task.client, task.round, learned.private, task.accepted)
-        told = (learned.delta, learned.rows, learned.metrics, learned.extras)
-        return encode_update(task.client, task.round, task.received, *told)
+        """Wire bytes of an update; what the client keeps is saved before."""
+        private, meant = learned.private, learned.delta
+        feedback = self._config.wire.error_feedback and task.forget is None
+        if feedback:  # what earlier updates left unsent goes with this one, and what this one leaves is kept
+            unsent = self._private.load(task.client, task.accepted).unsent
+            meant = {name: tensor + fitted(unsent.get(name), tensor) for name, tensor in meant.items()}
+        packing = Packing(self._config.wire.up, self._config.wire.top_k)
+        told = (meant, learned.rows, learned.metrics, learned.extras, packing)
+        payload = encode_update(task.client, task.round, task.received, *told)
+        if feedback:
+            sent = decode_update(payload).delta
+            private = replace(private, unsent={**unsent, **{name: meant[name] - sent[name] for name in meant}})
+        if feedback or _needs_private(task.plan):
+            self._private.save(task.client, task.round, private, task.accepted)
+        return payload
 
     def _begin(self, task: TrainTask, examples: Sequence[Example] | None = None) -> Lesson:
         """A client before its first step.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedlora.adapter.packing import PLAIN, Packing
 from fedlora.adapter.state import AdapterState
 from fedlora.adapter.wire import decode_update
 from fedlora.aggregation.combine import part_of
@@ -26,11 +27,13 @@ class Form:
         received: the adapter that was sent, decoded.
         send: the parts that travel back.
         extras: the strategy's extra tensors that were sent.
+        packing: of the values that travel back, without extras.
     """
 
     received: AdapterState
     send: frozenset[str]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    packing: Packing = PLAIN
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -41,8 +44,15 @@ class Form:
     @functools.cached_property
     def num_bytes(self) -> int:
         """About the size of an answer."""
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        return 4 * (sum(sizes) + sum(t.numel() for t in self.extras.values()))
+        return self._with(self.packing)
+
+    @functools.cached_property
+    def plain_bytes(self) -> int:
+        """About the size of an answer that is not packed."""
+        return self._with(PLAIN)
+
+    def _with(self, packing: Packing) -> int:
+        return packing.num_bytes(self.shapes) + 4 * sum(t.numel() for t in self.extras.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +79,7 @@ def admit(payload: bytes | memoryview, expected: Expectation) -> ClientUpdate:
         UpdateRefused: with the first reason found. It costs that client's update of this round, never more.
     """
     try:
-        update = decode_update(payload, max_bytes=2 * expected.form.num_bytes + _SLACK)
+        update = decode_update(payload, 2 * expected.form.num_bytes + _SLACK, expected.form.packing)
     except WireError as error:
         raise UpdateRefused(f"not a valid message: {error}") from error
     task = expected.task

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fedlora.adapter.packing import Packing
 from fedlora.adapter.state import AdapterState, LowRank
 from fedlora.aggregation.base import RoundContext, Strategy
 from fedlora.config import RunConfig
@@ -17,7 +18,7 @@ from fedlora.protocol import ClientInfo, TrainPlan
 from orchestrator.selection import how_many
 from orchestrator.units import human_bytes
 
-_FLOAT = 4  # adapters train, wait in memory and travel as float32
+_FLOAT = 4  # adapters train, wait in memory and travel down as float32
 _OPTIMIZER = {"adamw_torch": 2, "sgd": 0}  # numbers kept per trained number
 
 
@@ -63,12 +64,13 @@ def budget(strategy: Strategy, ranks: Mapping[str, int], outline: Outline, confi
         ``ranks``, a row per rank: ``clients``, ``parameters`` of the adapter, ``trained`` of these,
         ``memory_bytes`` of adapter, gradients and optimizer, ``down_bytes`` and ``up_bytes`` of one client and round.
         ``round``: ``clients`` asked, and the bytes of all of them, on average over draws. ``patch_bytes``: the most a
-        round adds to the base, which every client receives once. Headers of messages, a few kB, come on top.
+        round adds to the base, which every client receives once. Headers of messages, a few kB, come on top, and scales
+        of values that travel as int8 or int4: 4 bytes for each rank component and row.
     """
     cohort = sorted(ranks.values(), reverse=True)[: how_many(config.clients.per_round, len(ranks))]
     rows = []
     for at, count in sorted(Counter(ranks.values()).items()):
-        both = [_one(strategy, at, outline, number, config.training.optim) for number in (1, 2)]
+        both = [_one(strategy, at, outline, number, config) for number in (1, 2)]
         rows.append({"rank": at, "clients": count, **{key: max(one[key] for one in both) for key in both[0]}})
     asked = _asked(config, len(ranks))
     total = {
@@ -96,7 +98,7 @@ def budget_lines(found: Mapping[str, Any]) -> list[str]:
     return [*lines, told]
 
 
-def _one(strategy: Strategy, at: int, outline: Outline, number: int, optim: str) -> dict[str, int]:
+def _one(strategy: Strategy, at: int, outline: Outline, number: int, config: RunConfig) -> dict[str, int]:
     """What a client at this rank needs in round ``number``."""
     ctx = RoundContext(number, outline.rank, 0, outline.state())
     plan, traffic, dense = strategy.plan(ctx, ClientInfo("", at, 1), {}), strategy.traffic, outline.dense
@@ -107,13 +109,13 @@ def _one(strategy: Strategy, at: int, outline: Outline, number: int, optim: str)
     head = dense if "dense" in plan.send else 0
     extras += traffic.dense_extras * head
     trained = _trained(plan, outline)
-    held = down + dense
+    held, packing = down + dense, Packing(config.wire.up, config.wire.top_k)
     return {
         "parameters": held,
         "trained": trained,
-        "memory_bytes": _FLOAT * (held + trained * (1 + _OPTIMIZER[optim])),
+        "memory_bytes": _FLOAT * (held + trained * (1 + _OPTIMIZER[config.training.optim])),
         "down_bytes": _FLOAT * (down + dense + extras),
-        "up_bytes": _FLOAT * (up + head + extras),
+        "up_bytes": packing.about_bytes(up + head) + _FLOAT * extras,
     }
 
 

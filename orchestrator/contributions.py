@@ -101,7 +101,8 @@ def would_take(rows: Sequence[Mapping[str, Any]], state: RunState) -> int:
         rows: of the metrics.
     """
     adapter = sum(tensor.nbytes for tensor in state.adapter.tensors().values())
-    return sum(row["bytes_up"] + adapter * (1 + len(row["ranks"])) for row in rows if row["admitted"])
+    sent = {row["round"]: row.get("bytes_up_fp32", row["bytes_up"]) for row in rows if row["admitted"]}
+    return sum(sent[row["round"]] + adapter * (1 + len(row["ranks"])) for row in rows if row["admitted"])
 
 
 def read_log(folder: Path) -> ContributionLog:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter.initial import initial_adapter
+from fedlora.adapter.packing import PLAIN, Packing
 from fedlora.adapter.rank import revive
 from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.base import RoundContext, Strategy
@@ -57,6 +58,7 @@ class Federation:
         probe: task of the model where its general ability is scored too; empty where it is not.
         keep: called with what every round's aggregation was given, before the round is committed; None without a log.
         forgetting: rounds in which owners of rows forget them, and nobody learns.
+        packing: how the values of updates travel.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -91,6 +93,7 @@ class Federation:
     probe: str = ""
     keep: Callable[[RoundContext, RunState, Sequence[Used]], None] | None = None
     forgetting: Sequence[ForgettingConfig] = ()
+    packing: Packing = PLAIN
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property

@@ -44,6 +44,7 @@ class Inbox:
         self.failed: dict[str, str] = {}
         self.late: dict[str, str] = {}
         self.bytes_up = 0
+        self.bytes_up_fp32 = 0  # headers aside
 
     @property
     def admitted(self) -> KeysView[str]:
@@ -66,6 +67,7 @@ class Inbox:
             self.fail(reply.client, reply.error or "no answer", reply.traceback)
             return
         self.bytes_up += len(reply.payload)
+        self.bytes_up_fp32 += expected.form.plain_bytes if expected else len(reply.payload)
         try:
             if reply.client in self._used or reply.client in self.refused:
                 raise UpdateRefused("answered twice; the first answer stands")
@@ -103,8 +105,12 @@ class Inbox:
         self._fed.emit(event, {"round": self.number, "client": client, **facts})
 
 
-def describe(inbox: Inbox) -> dict[str, Any]:
-    """The part of a round's metrics row that tells how the answers came in."""
+def describe(inbox: Inbox, packed: bool) -> dict[str, Any]:
+    """The part of a round's metrics row that tells how the answers came in.
+
+    Args:
+        packed: whether to tell what the same answers would have taken in float32.
+    """
     used = inbox.used()
     tokens, dropped = (int(sum(u.metrics.get(name, 0) for u in used)) for name in ("tokens", "dropped_rows"))
     ages = Counter(inbox.number - u.flight.round for u in used)
@@ -114,6 +120,7 @@ def describe(inbox: Inbox) -> dict[str, Any]:
         "failed": inbox.failed,
         "late": inbox.late,
         "bytes_up": inbox.bytes_up,
+        **({"bytes_up_fp32": inbox.bytes_up_fp32} if packed else {}),
         "train_tokens": tokens,
         "dropped_rows": dropped,
         "train": weighted_metrics(used),

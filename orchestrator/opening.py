@@ -10,6 +10,7 @@ from typing import Any
 
 from clients.attacks import mount
 from fedlora.adapter.initial import check_rank, initial_adapter
+from fedlora.adapter.packing import Packing
 from fedlora.aggregation import compose
 from fedlora.aggregation.combine import serve_ranks
 from fedlora.config import RunConfig
@@ -74,6 +75,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         per_round=config.clients.per_round,
         weighting=config.weighting,
         max_update_norm=config.admission.max_update_norm,
+        packing=Packing(config.wire.up, config.wire.top_k),
         evaluate_every=config.evaluation.every,
         evaluate_clients=config.evaluation.per_client,
         ledger_rank=config.ledger.max_rank,

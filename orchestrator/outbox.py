@@ -132,7 +132,7 @@ class Outbox:
         if (received, send) not in self._forms:
             # what the client decodes, not what was encoded, is what its delta refers to
             adapter, extras = decode_parcel(self._payloads[received])
-            self._forms[received, send] = Form(adapter, send, extras)
+            self._forms[received, send] = Form(adapter, send, extras, self._fed.packing)
         return self._forms[received, send]
 
 

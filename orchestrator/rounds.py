@@ -89,7 +89,7 @@ def play_round(fed: Federation, state: RunState) -> RunState:
     row = {
         "round": number,
         "selected": asked,
-        **describe(inbox),
+        **describe(inbox, packed=not fed.packing.plain),
         "problem": problem,
         "eval": scores,
         "clients": found and found.spread,

@@ -79,6 +79,11 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
         raise ConfigError(
             f"evaluation.probe scores one global model, and {name} keeps parts on the clients; leave the probe out"
         )
+    if config.wire.error_feedback and not traits.fixed_gauge:
+        raise ConfigError(
+            f"wire.error_feedback: what an update left unsent is kept in factor coordinates, and {name} changes their"
+            " basis every round; use ffa, rolora, zero_pad or rbla, or leave it out: int8 loses little without it"
+        )
     _check_schedule(name, strategy, config, clients)
     if config.ledger.max_rank is not None and not (traits.patches_base or freezes):
         raise ConfigError(

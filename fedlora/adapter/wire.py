@@ -10,13 +10,14 @@ import math
 import struct
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedlora.adapter.packing import PACKED, PLAIN, Packing, Shapes, pack, unpack
 from fedlora.adapter.state import AdapterState
 from fedlora.errors import AdapterError, WireError
 from fedlora.protocol import ClientUpdate
@@ -26,7 +27,8 @@ MAX_HEADER_BYTES = 8 << 20
 _EXTRA = "+"  # no module path starts with it
 # in the order in which safetensors writes them: the widest first, so that every value is aligned
 _DTYPES = {"F64": (torch.float64, 8), "F32": (torch.float32, 4), "BF16": (torch.bfloat16, 2), "F16": (torch.float16, 2)}
-_PLACES = {dtype: (place, name) for place, (name, (dtype, _)) in enumerate(_DTYPES.items())}
+_CODES = {"I8": (torch.int8, 1), "U8": (torch.uint8, 1)}  # of packed values only
+_PLACES = {dtype: (place, name) for place, (name, (dtype, _)) in enumerate((_DTYPES | _CODES).items())}
 
 with warnings.catch_warnings():
     # said once per process: that a message is read-only, which is as it should be
@@ -75,9 +77,15 @@ def encode_update(
     num_examples: int,
     metrics: Mapping[str, float],
     extras: Mapping[str, Tensor] | None = None,
+    packing: Packing = PLAIN,
 ) -> bytes:
-    """Wire bytes of a client's answer."""
-    note = {
+    """Wire bytes of a client's answer.
+
+    Args:
+        packing: of the delta. Extra tensors travel as they are: they are books that server and client keep together,
+            such as control variates, and what one side rounds the other would miss for good.
+    """
+    note: dict[str, Any] = {
         "kind": "update",
         "client": client,
         "round": round,
@@ -85,13 +93,22 @@ def encode_update(
         "num_examples": num_examples,
         "metrics": dict(metrics),
     }
-    return _encode({**delta, **_marked(extras or {})}, note)
+    tensors = delta
+    if not packing.plain:
+        tensors = pack(delta, packing)
+        note["packed"] = {"form": packing.form, "shapes": {name: list(tensor.shape) for name, tensor in delta.items()}}
+    return _encode({**tensors, **_marked(extras or {})}, note)
 
 
-def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> ClientUpdate:
+def decode_update(
+    payload: bytes | memoryview, max_bytes: int | None = None, packing: Packing | None = None
+) -> ClientUpdate:
     """Parse an answer and check its form; whether it fits the round is for admission to say.
 
-    Its tensors are views of the message: they are not to be changed in place.
+    Its tensors may be views of the message: they are not to be changed in place.
+
+    Args:
+        packing: how its values have to be packed; None for any way.
 
     Raises:
         WireError: too large, not safetensors, another schema, or a field of the wrong type.
@@ -99,7 +116,9 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
     if max_bytes is not None and len(payload) > max_bytes:
         raise WireError(f"message of {len(payload)} bytes; at most {max_bytes} were expected")
     note, entries = _decode(payload, "update")
-    runs = list(_runs(payload, entries))
+    form, shapes = _packed(note)
+    if packing is not None and form != packing.form:
+        raise WireError(f"values came as {form!r:.80}; expected {packing.form} (wire.up and wire.top_k)")
     for key, kind in (
         ("client", str),
         ("round", int),
@@ -113,7 +132,14 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
         # math.isfinite raises for an integer that no float can hold
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise WireError(f"metric {key!r:.80} is {value!r:.80}; expected a finite number")
+    runs = list(_runs(payload, entries, skip=() if shapes is None else PACKED))
     delta, extras = _parted(_split(runs, entries))
+    norms = [torch.linalg.vector_norm(flat) for _, flat in runs]
+    if shapes is not None:
+        if delta:
+            raise WireError(f"{min(delta)!r:.80} lies beside packed values; expected extra tensors only")
+        delta = unpack(_raw(payload, entries), shapes, form)
+        norms += [torch.linalg.vector_norm(tensor) for tensor in delta.values()]
     return ClientUpdate(
         client=note["client"],
         round=note["round"],
@@ -122,7 +148,7 @@ def decode_update(payload: bytes | memoryview, max_bytes: int | None = None) -> 
         num_examples=note["num_examples"],
         metrics=note["metrics"],
         wire_bytes=len(payload),
-        norm=math.hypot(*(float(torch.linalg.vector_norm(flat)) for _, flat in runs)),
+        norm=math.hypot(*map(float, norms)),
         extras=extras,
     )
 
@@ -146,7 +172,8 @@ def _encode(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
     """The bytes of ``safetensors.torch.save``, whose own writer copies every value three times on the way."""
     header: dict[str, Any] = {"__metadata__": {"fedlora": json.dumps({"schema": SCHEMA, **note}, sort_keys=True)}}
     values, end = [], 0
-    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in _PLACES]:
+    floats = {dtype for dtype, _ in _DTYPES.values()}
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in floats and name not in PACKED]:
         raise WireError(f"{strange[0]}: tensors of {tensors[strange[0]].dtype} do not travel; make it float32")
     for name, tensor in sorted(tensors.items(), key=lambda item: (_PLACES[item[1].dtype], item[0])):
         start, end = end, end + tensor.element_size() * tensor.numel()
@@ -165,15 +192,43 @@ def _decode(payload: bytes | memoryview, kind: str) -> tuple[dict[str, Any], dic
         raise WireError(f"message has schema {note.get('schema')!r:.80}; this version of fedlora reads {SCHEMA}")
     if note.get("kind") != kind:
         raise WireError(f"message is of kind {note.get('kind')!r:.80}; expected {kind}")
+    for name, entry in entries.items():
+        if not entry.dtype.is_floating_point and not (kind == "update" and "packed" in note and name in PACKED):
+            raise WireError(f"{name!r:.80} has whole numbers; expected {', '.join(_DTYPES)}")
     return note, entries
 
 
-def _runs(payload: bytes | memoryview, entries: Mapping[str, _Entry]) -> Iterator[tuple[list[str], Tensor]]:
+def _packed(note: Mapping[str, Any]) -> tuple[str, Shapes | None]:
+    """How the values of an update travel, and the shapes of the tensors they belong to; None where these travel."""
+    if "packed" not in note:
+        return PLAIN.form, None
+    try:
+        told, form = note["packed"]["shapes"], str(note["packed"]["form"])
+        return form, {name: tuple(shape) for name, shape in sorted(told.items()) if _count(shape) >= 0}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WireError(f"header does not say what is packed ({type(error).__name__})") from error
+
+
+def _raw(payload: bytes | memoryview, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The flat tensors of packed values, as they came."""
+    found = {}
+    for name, (dtype, count, shape, start) in entries.items():
+        if name in PACKED:
+            flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
+            found[name] = flat.to(dtype).view(shape)
+    return found
+
+
+def _runs(
+    payload: bytes | memoryview, entries: Mapping[str, _Entry], skip: Collection[str] = ()
+) -> Iterator[tuple[list[str], Tensor]]:
     """Tensors of one precision lie one after the other: their names, and all their values [n] in float32.
 
     Without a copy if they came so. The header has been checked.
     """
-    for dtype, group in groupby(entries, key=lambda name: entries[name].dtype):
+    for (dtype, skipped), group in groupby(entries, key=lambda name: (entries[name].dtype, name in skip)):
+        if skipped:
+            continue
         names = list(group)
         count, start = sum(entries[name].numel for name in names), entries[names[0]].start
         # torch refuses a buffer without values
@@ -197,6 +252,8 @@ def _count(shape: Any) -> int:
     for size in shape:
         if type(size) is not int or not 0 <= size < 1 << 40:
             raise ValueError("not a shape")
+    if math.prod(max(size, 1) for size in shape) >= 1 << 62:
+        raise ValueError("not a shape")  # though it may be empty: torch counts in 64 bits
     return math.prod(shape)
 
 
@@ -213,7 +270,7 @@ def _read_header(payload: bytes | memoryview) -> tuple[dict[str, Any], dict[str,
         note = json.loads(header.pop("__metadata__")["fedlora"])
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
-            count, (dtype, width) = _count(entry["shape"]), _DTYPES[entry["dtype"]]
+            count, (dtype, width) = _count(entry["shape"]), (_DTYPES | _CODES)[entry["dtype"]]
             if type(start) is not int or start != end or stop - start != count * width:
                 raise WireError(f"{name!r:.80}: tensor of {count * width} bytes does not lie where the one before ends")
             entries[name], end = _Entry(dtype, count, tuple(entry["shape"]), begin + start), stop

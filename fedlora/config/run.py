@@ -26,6 +26,7 @@ from fedlora.config.sections import (
     Section,
     StoreConfig,
     TrainingConfig,
+    WireConfig,
 )
 from fedlora.config.stream import ContinualConfig
 
@@ -43,6 +44,7 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    wire: WireConfig = WireConfig()
     admission: AdmissionConfig = AdmissionConfig()
     attack: AttackConfig | None = None
     strategy: str | dict[str, dict[str, Any] | None] | list[str | dict[str, dict[str, Any] | None]] = Field(
@@ -136,6 +138,11 @@ def _of_forgetting(config: RunConfig) -> list[str]:
     """What is wrong with the rounds in which clients forget."""
     if config.forgetting and (config.continual or config.attack):
         return [f"forgetting does not go together with {'continual' if config.continual else 'attack'}; leave one out"]
+    if config.forgetting and config.wire.error_feedback:
+        return [
+            "forgetting: with wire.error_feedback clients would later send what they kept of the rows that are to be"
+            " forgotten; set wire.error_feedback: false"
+        ]
     problems, taken = [], set[int]()
     for one in config.forgetting:
         if one.last > config.rounds or taken & set(one.rounds):

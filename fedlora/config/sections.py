@@ -331,6 +331,26 @@ class StoreConfig(Section):
     lease_s: float = Field(10.0, ge=1, description="a silent orchestrator's run may be taken over after this time")
 
 
+class WireConfig(Section):
+    """How the changes of clients travel to the server; what travels down, and extra tensors, stay float32."""
+
+    up: Literal["fp32", "int8", "int4"] = Field(
+        "fp32", description="int8 and int4 round values to 255 or 15 levels per rank component or row"
+    )
+    top_k: float | None = Field(
+        None, gt=0, lt=1, description="only this share of the values of each tensor travels, the largest; default all"
+    )
+    error_feedback: bool = Field(
+        False, description="what rounding and top_k take from an update, the client keeps and adds to its next one"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> WireConfig:
+        if self.error_feedback and self.up == "fp32" and self.top_k is None:
+            raise ValueError("error_feedback has nothing to feed back: up: fp32 loses nothing; use int8, int4 or top_k")
+        return self
+
+
 class ContributionsConfig(Section):
     """The contribution log: what every aggregation was given, kept so that it can be done again without somebody."""
 

@@ -92,6 +92,11 @@ class Forget(Approximate):
         config = read_config(folder)
         if config.attack:
             raise UnlearningError(f"{self.name} trusts the owners to forget, and this run simulates attackers")
+        if config.wire.error_feedback:
+            raise UnlearningError(
+                f"{self.name}: with wire.error_feedback clients would later send what they kept of the rows that are to"
+                " be forgotten; use rollback"
+            )
         if plan.first is None:
             raise UnlearningError("no round used it, so there is nothing to forget; use rollback, which costs nothing")
         if not plan.askable(config.clients.exclude):

@@ -405,6 +405,12 @@ def test_a_shape_of_countless_sizes_is_refused_before_it_is_multiplied(size: int
     assert time.perf_counter() - began < 5
 
 
+def test_an_empty_tensor_of_sizes_beyond_64_bits_is_refused() -> None:
+    entry = {"dtype": "F32", "shape": [1 << 39] * 7 + [0], "data_offsets": [0, 0]}
+    with pytest.raises(WireError, match="not a fedlora message"):
+        decode_update(message({"__metadata__": {"fedlora": json.dumps(NOTE)}, ":bias": entry}))
+
+
 @pytest.mark.parametrize("name", ["q", "q:D", "q:A", "q:B"])
 def test_an_adapter_with_tensors_of_another_form_is_refused(name: str) -> None:
     note = {"fedlora": json.dumps({"schema": 1, "kind": "adapter"})}

@@ -86,6 +86,20 @@ def test_what_is_told_is_what_travels_headers_aside(tmp_path: Path, strategy: ob
     assert (row["down_bytes"], row["up_bytes"]) == (content(payload), content(answer))
 
 
+@pytest.mark.parametrize("wire", [{"up": "int8"}, {"up": "int4", "top_k": 0.25}, {"top_k": 0.1}], ids=str)
+def test_of_packed_updates_what_is_told_is_what_travels_scales_aside(tmp_path: Path, wire: dict[str, object]) -> None:
+    config = plain(tmp_path, strategy=["scaffold", "zero_pad"], clients__ranks=4, wire=wire)
+    facts, _ = validate(config)
+    (row,) = facts["budget"]["ranks"]
+    runtime, rule = ClientRuntime(config), compose(config.strategy)
+    client, base = runtime.members()[0], runtime.base()
+    ctx = RoundContext(1, 8, 0, initial_adapter(base.sites, base.dense, 8, 0), runtime.members())
+    payload = encode_adapter(hand_out(rule, client, ctx, {}, ctx.adapter), rule.broadcast(client, ctx, {}))
+    answer = runtime.train(TrainTask(1, client.id, rule.plan(ctx, client, {}), payload, digest(payload), 0))
+    scales = 4 * (8 * len(base.sites) + 5) if "up" in wire else 0  # of A and B at rank 4, and of the head
+    assert 0 <= content(answer) - row["up_bytes"] - scales < 2 * len(base.sites) + 8  # one value more of each tensor
+
+
 def content(message: bytes) -> int:
     """Bytes of a safetensors message without its header."""
     return len(message) - 8 - struct.unpack("<Q", message[:8])[0]

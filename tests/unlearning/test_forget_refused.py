@@ -76,9 +76,13 @@ def reasons(folder: Path, client: str) -> dict[str, str]:
         ({"continual": {"split": 2, "rounds": 1}, "rounds": 2}, "does not know streams of tasks"),
         ({"strategy": [{"clip": {"max_norm": 1.0}}, "flexlora"]}, "clip makes something else of them"),
         ({"strategy": "flora"}, "flora moves the adapter into the base, so that its norm says nothing; give max_norm"),
+        (
+            {"strategy": "zero_pad", "wire": {"up": "int8", "error_feedback": True}},
+            "with wire.error_feedback clients would later send what they kept",
+        ),
         ({}, ""),
     ],
-    ids=["attackers", "a stream", "a wrapper", "a ledger", "nothing"],
+    ids=["attackers", "a stream", "a wrapper", "a ledger", "what clients kept", "nothing"],
 )
 def test_what_cannot_forget_is_told_by_the_plan(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     launch.run(config_of(tmp_path, **{"rounds": 1, **changes}), quiet)

@@ -24,6 +24,7 @@ RULES: dict[str, Any] = {
     "flexlora": "flexlora",
     "fedex_het with momentum": [{"server_momentum": {"beta": 0.9}}, "fedex_het"],
     "scaffold": ["scaffold", "fedit"],
+    "zero_pad": "zero_pad",
 }
 STREAM = {"continual": {"split": 2, "rounds": 2}}
 
@@ -53,6 +54,7 @@ def asked(folder: Path) -> list[list[str]]:
         ("fedex_het with momentum", STREAM),
         pytest.param("scaffold", {}, marks=pytest.mark.slow),
         pytest.param("scaffold", STREAM, marks=pytest.mark.slow),
+        pytest.param("zero_pad", {"wire": {"up": "int8", "error_feedback": True}}, marks=pytest.mark.slow),
     ],
 )
 def test_a_replay_gives_the_bytes_of_a_run_that_never_had_the_client(

@@ -341,3 +341,15 @@ def test_two_rounds_that_mend_cost_a_fifth_of_ten() -> None:
 def test_a_strength_that_is_none_is_refused(strength: Any) -> None:
     with pytest.raises(Exception, match="negation needs strength above 0"):
         ACTIONS.create("negation", strength=strength)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["subtract", "negation"])
+def test_others_go_on_from_what_packing_left_unsent(tmp_path: Path, keys: Path, action: str) -> None:
+    wire = {"up": "int4", "error_feedback": True}
+    folder = played(tmp_path / "run", "zero_pad", wire=wire)
+    take_out(folder, keys, "c1", action)
+    state = last(folder)
+    assert state.row is not None
+    assert state.row["admitted"]
+    assert not state.row["failed"]
