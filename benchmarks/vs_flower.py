@@ -2,11 +2,11 @@
 
     HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/vs_flower.py minilm --data ../shared/data --pairs 5 --write
 
-Equal in all arms: base, rows of each client, rank, adapted layers, steps, batch size, optimizer, rounds, clients per round,
-and one look at the server's test rows at the end. ``template`` is a Flower ClientApp that builds its model and loads its
-rows for every message, as Flower's templates for Hugging Face models do; ``tuned`` keeps both in its actor; ``peft`` is one
-process that trains one client after another. Every run is a process of its own, the arms in turn. Flower needs its extra:
-``pip install 'fedlora[flower]'``. ``--json`` prints the ratios.
+Equal in all arms: base, rows of each client, rank, adapted layers, steps, batch size, optimizer, rounds, clients per
+round, and one look at the server's test rows at the end. ``template`` is a Flower ClientApp that builds its model and
+loads its rows for every message, as Flower's templates for Hugging Face models do; ``tuned`` keeps both in its actor;
+``peft`` is one process that trains one client after another. Every run is a process of its own, the arms in turn.
+Flower needs its extra: ``pip install 'fedlora[flower]'``. ``--json`` prints the ratios.
 """
 
 from __future__ import annotations
@@ -292,9 +292,8 @@ def prepare(recipe: Recipe, data: Path, place: Path) -> None:
     else:
         rows, test = (list(lines(data / "clinc150" / f"{kind}.jsonl.gz")) for kind in ("train", "test"))
         names = sorted({row["label"] for row in rows})
-        rows, test = (
-            [{**r, "number": names.index(r["label"])} for r in some if r["label"] in names] for some in (rows, test)
-        )
+        for row in (*rows, *test):
+            row["number"] = names.index(row["label"])
         test = draw.sample(test, recipe.test_rows)
         shares = {f"c{k:02}": [] for k in range(recipe.clients)}
         for label in names:  # every intent is known to a handful of clients
@@ -303,10 +302,8 @@ def prepare(recipe: Recipe, data: Path, place: Path) -> None:
                 if row["label"] == label:
                     shares[draw.choice(some)].append(row)
     keys = ("prompt", "completion") if recipe.writes else ("text", "label", "number")
-    for path, own in {
-        place / "test.jsonl": test,
-        **{place / "clients" / f"{c}.jsonl": s for c, s in shares.items()},
-    }.items():
+    files = {place / "clients" / f"{client}.jsonl": own for client, own in shares.items()}
+    for path, own in {**files, place / "test.jsonl": test}.items():
         path.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in own), encoding="utf-8")
 
 
@@ -341,10 +338,10 @@ def section(name: str, seconds: Mapping[str, Sequence[float]], scores: Mapping[s
     text = [
         heading(name),
         "",
-        f"`.venv/bin/python benchmarks/vs_flower.py {name} --data ../shared/data --pairs {len(seconds['peft'])} --write`:"
-        f" {recipe.clients} clients in every one of {recipe.rounds} rounds, {recipe.steps} steps of {recipe.batch} rows each,"
-        f" rank {recipe.rank} on {' and '.join(recipe.targets)}. From the start of the process to the score, the arms in turn;"
-        f" Flower's clients have {cpus} core(s) each, the other arms all.",
+        f"`.venv/bin/python benchmarks/vs_flower.py {name} --data ../shared/data --pairs {len(seconds['peft'])}"
+        f" --write`: {recipe.clients} clients in every one of {recipe.rounds} rounds, {recipe.steps} steps of"
+        f" {recipe.batch} rows each, rank {recipe.rank} on {' and '.join(recipe.targets)}. From the start of the"
+        f" process to the score, the arms in turn; Flower's clients have {cpus} core(s) each, the other arms all.",
         "",
         f"{processor()}; load average {os.getloadavg()[0]:.1f} at the end.",
         "",
