@@ -31,7 +31,6 @@ from orchestrator.scoring import evaluate_global
 from orchestrator.state import RunState, Totals
 from orchestrator.stores.files import SHARDS, read_json, read_lines, shard_folders
 
-UNFINISHED = "{0} is a run of shards that has not finished; let it end (fedlora resume {0}), then ask again"
 _SUMS = ("bytes_up", "bytes_down", "train_tokens", "dropped_rows", "in_flight")
 
 

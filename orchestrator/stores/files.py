@@ -13,6 +13,7 @@ from fedlora.config import RunConfig, differences, load_config
 from fedlora.errors import ConfigError, RunFolderError
 
 SHARDS = "shards"  # folders of the runs that a run of shards is made of
+UNFINISHED = "{0} is a run of shards that has not finished; let it end (fedlora resume {0}), then ask again"
 _WRITTEN = {
     *("config", "journal", "metrics", "partition", "labels", "summary", "report", "exports"),
     *("checkpoints", "adapter", "ledger", "private", "contributions", "shards", "lease"),

@@ -24,9 +24,8 @@ from fedlora.unlearning.request import Request
 from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.contributions import copy_log
-from orchestrator.shards import UNFINISHED
 from orchestrator.state import RunState
-from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
+from orchestrator.stores.files import UNFINISHED, read_config, read_json, read_lines, write_atomic
 from orchestrator.unlearning.doubts import doubts_about
 from orchestrator.unlearning.targets import as_learned, owners_of, rows_with_labels
 from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks

@@ -14,9 +14,9 @@ from fedlora.errors import UnlearningError
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.failpoints import reach
-from orchestrator.shards import UNFINISHED, mean_adapter, shard_configs
+from orchestrator.shards import mean_adapter, shard_configs
 from orchestrator.state import RunState
-from orchestrator.stores.files import SHARDS, read_config, read_json, shard_folders, write_atomic, writing
+from orchestrator.stores.files import SHARDS, UNFINISHED, read_config, read_json, shard_folders, write_atomic, writing
 from orchestrator.unlearning.actions import ACTIONS, Facts
 from orchestrator.unlearning.exact import RollBack, doubts_of
 from orchestrator.unlearning.job import Job, is_finished
