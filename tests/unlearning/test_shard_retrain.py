@@ -146,6 +146,7 @@ def test_the_plan_says_what_one_shard_costs(played: Path) -> None:
     assert told[-1].strip().endswith("a replay without it begins from the checkpoint of round 1")
 
 
+@pytest.mark.slow
 def test_records_are_played_out_of_the_shard_that_has_them(run: Path, keys: Path, tmp_path: Path) -> None:
     config = read_config(run)
     corpus = open_corpus(config.data, 5, config.seed)
@@ -163,6 +164,7 @@ def test_records_are_played_out_of_the_shard_that_has_them(run: Path, keys: Path
     assert (find_request(run, name).level, verify_certificate(run, name, authorised([keys]))) == ("E1", [])
 
 
+@pytest.mark.slow
 def test_the_last_client_of_a_shard_takes_the_shard_with_it(keys: Path, tmp_path: Path) -> None:
     folder, dealt = tmp_path / "run", deal(["c0", "c1", "c2"], 2, seed=0)
     clients = {"count": 3, "ranks": [4]}
@@ -182,7 +184,6 @@ PLACES = [
     *("publish.removed.checkpoints:0", "publish.moved.checkpoints:0", "publish.moved.config.yaml:0"),
     *(f"publish.shard:{HOME}", "publish.done:0", "certificate.written:1"),
 ]
-FAST = (f"publish.shard:{HOME}",)
 
 
 def _killed(folder: str, keys: str, name: str, place: str) -> None:
@@ -190,9 +191,8 @@ def _killed(folder: str, keys: str, name: str, place: str) -> None:
     finish(Path(folder), Path(keys), name)
 
 
-@pytest.mark.parametrize(
-    "place", [place if place in FAST else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
 def test_kill_9_in_any_phase_and_the_same_command_again_end_the_same(
     run: Path, control: Path, keys: Path, place: str
 ) -> None:
