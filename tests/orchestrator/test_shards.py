@@ -196,6 +196,17 @@ def test_a_shard_that_nobody_is_left_in_is_left_out(tmp_path: Path) -> None:
     assert list(read_json(tmp_path / "run" / "summary.json")["shards"]) == ["1", "2"]
 
 
+def test_a_shard_of_which_nobody_is_drawn_waits_for_its_turn(tmp_path: Path) -> None:
+    clients = {"count": 4, "ranks": [4], "per_round": 1}
+    config = sharded(tmp_path / "run", clients=clients, rounds=6, schedule={"quorum": 1.0})
+    launch.run(config, quiet)
+    drawn = [
+        [len(row["admitted"]) for row in read_lines(part / "metrics.jsonl")]
+        for part in shard_folders(tmp_path / "run").values()
+    ]
+    assert [sum(counts) for counts in zip(*drawn, strict=True)] == [1] * 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
