@@ -268,16 +268,19 @@ def show_run(run: RunPlace, as_json: AsJson = False) -> None:
 
     from orchestrator.console import print_summary
     from orchestrator.runs import describe
-    from orchestrator.stores.files import read_json, read_lines
+    from orchestrator.stores.files import read_json, read_lines, shard_folders
     from orchestrator.stores.remote import localised
 
     folder = localised(run)
     row = describe(folder)
     metrics = read_lines(folder / "metrics.jsonl")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    shards = {number: describe(part) for number, part in shard_folders(folder).items()}
     if as_json:
-        _print(json.dumps({"run": row, "summary": summary, "rounds": metrics}))
+        _print(json.dumps({"run": row, "summary": summary, "rounds": metrics, "shards": list(shards.values())}))
         return
+    for number, shard in shards.items():
+        _print(f"shard {number}: {shard['status']}, {shard['round']} of {shard['rounds']} rounds committed")
     for line in metrics:
         scores = line["eval"]
         held = (

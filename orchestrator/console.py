@@ -186,6 +186,9 @@ class Screen:
         why = fields["evidence"].get("reason") or "its loss has settled"
         self._say(f"[cyan]{escape(fields['task'])}[/] ended with round {fields['round']} ({why})")
 
+    def _on_shard_finished(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"[cyan]shard {fields['shard']}[/] of {fields['shards']} finished: {_scores(fields['final'])}")
+
     def _on_unlearning(self, fields: Mapping[str, Any]) -> None:
         self._say(f"{fields['request']}: {fields['phase']}")
 
@@ -211,6 +214,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         (f"{metric} after", _share(summary.get("final"))),
         ("loss before, after", f"{_loss(summary.get('initial'))}, {_loss(summary.get('final'))}"),
         *_stream_lines(summary.get("stream")),
+        *_shard_lines(summary.get("shards")),
         ("rounds", summary.get("rounds")),
         (
             "bytes up, down",
@@ -236,6 +240,12 @@ def _stream_lines(stream: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("over the stream", ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items())),
         ("frozen after rounds", frozen),
     ]
+
+
+def _shard_lines(shards: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How good the model of every shard is by itself."""
+    told = [f"{len(one['clients'])} clients {_share(one['final'])}" for one in (shards or {}).values()]
+    return [("shards", ", ".join(told))] if told else []
 
 
 def _scores(scores: Mapping[str, float]) -> str:

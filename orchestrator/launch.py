@@ -36,11 +36,13 @@ from orchestrator.pools import open_pool
 from orchestrator.report import write_report
 from orchestrator.results import finish
 from orchestrator.rounds import play_round
+from orchestrator.shards import combined, play_shards
 from orchestrator.soundness import check_names
 from orchestrator.state import RunState
 from orchestrator.stores.files import (
     JsonLines,
     check_output,
+    home_of,
     open_folder,
     read_config,
     read_json,
@@ -168,7 +170,8 @@ def _play(
 def _session(
     config: RunConfig, folder: Path, state: RunState | None, listen: Listener, lease: Lease, mirror: Mirror | None
 ) -> dict[str, Any]:
-    _give_way(folder, state.round if state else 0)  # before anything is written: a request may be half carried out
+    # before anything is written: a request may be half carried out
+    _give_way(config, folder, state.round if state else 0)
     plugins, edited = load_plugins(config.plugins), _edited_plugins(config, folder)
     journal, metrics = JsonLines(folder / "journal.jsonl"), JsonLines(folder / "metrics.jsonl")
 
@@ -199,21 +202,31 @@ def _session(
                 emit("plugins_changed", {"files": edited, "round": state.round})
             if config.pool == "ray":
                 emit("pool_starting", {"pool": config.pool})
+            sharded = state is None and config.federation.shards > 1
+            if sharded:
+                play_shards(config, folder, emit, partial(_play_shard, lease, listen))
             with closing(open_pool(config)) as pool:
                 fed, base = open_federation(config, pool, emit)
                 if config.contributions:
                     fed = replace(fed, keep=partial(keep_round, folder, config.contributions, lease.check))
                 _write_members(folder, fed.taking_part, base)
-                if state is None:
+                if sharded:
+                    state, rows = combined(config, folder, fed, base)
+                    began = time.perf_counter() - state.totals.wall_s
+                    metrics.keep(lambda row: False)
+                    for row in rows:  # before the commit: what is resumed after it has the last one only
+                        metrics.append(row)
+                    store(state)
+                elif state is None:
                     state = first_state(config, fed, base)
                     store(state)
                 check_base(state, base, folder)
                 _catch_up_metrics(metrics, state)
                 begun = {"round": state.round, "rounds": fed.rounds, "initial": state.initial}
                 fed.emit("run_started", begun | {"clients": describe_members(fed.taking_part)})
-                look = partial(_give_way, folder)
+                look = partial(_give_way, config, folder)
                 while state.round < fed.now(state).rounds and await_rows(fed, state, _patience_s(config), look):
-                    _give_way(folder, state.round)
+                    look(state.round)
                     state = _commit_round(fed, state, store, metrics, began)
                 lease.check()
                 return finish(config, folder, scored_at_the_end(fed, state), fed, base, began)
@@ -242,13 +255,29 @@ def _session(
         raise ConfigError(told) from error
 
 
-def _give_way(folder: Path, done: int) -> None:
+def _play_shard(lease: Lease, listen: Listener, number: int, part: RunConfig) -> dict[str, Any] | None:
+    """The summary of a shard once it has been played; None where it had finished before."""
+
+    def told(event: str, fields: Mapping[str, Any]) -> None:
+        lease.check()
+        listen(event, {**fields, "shard": number})
+
+    return None if _finished_summary(part, Path(part.output_dir)) else run(part, told)
+
+
+def _give_way(config: RunConfig, folder: Path, done: int) -> None:
     """Stop between two rounds where somebody has asked to take something out.
+
+    A run of shards is played to its end first: only then is there something to play again.
 
     Raises:
         RunInterrupted: what is learned from here on would have to be unlearned too.
     """
-    if waiting := pending(folder) if (folder / LOG).exists() else []:
+    home = home_of(folder)
+    waiting = pending(home or folder) if ((home or folder) / LOG).exists() else []
+    if home or config.federation.shards > 1:
+        waiting = [standing for standing in waiting if standing.phase != "received"]
+    if waiting:
         raise RunInterrupted(
             f"stopped after round {done}: {waiting[0].id} asks to take out {waiting[0].request} and is"
             f" {waiting[0].phase}. Let fedlora unlearn run finish it, then go on with: fedlora resume {folder}"

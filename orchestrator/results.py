@@ -64,6 +64,7 @@ def finish(
         "final": state.last,
         "best": state.best,
         "stream": describe_stream(state.stream, fed.course) if state.stream and fed.course else None,
+        "shards": (state.row or {}).get("shards"),
         "bytes_up": state.totals.bytes_up,
         "bytes_down": state.totals.bytes_down,
         "wall_s": round(time.perf_counter() - began, 3),

@@ -129,7 +129,7 @@ def _aggregate(
     unchanged = Aggregate(state.adapter, state.strategy)
     expected = wanted(fed, ctx.round)
     if fed.schedule.mode == "sync":
-        expected = max(expected - left_out, 1)
+        expected = max(expected - left_out, 0)  # nobody is left of a draw whose clients are all excluded
     needed = math.ceil(fed.schedule.quorum * expected - 1e-9)
     if fed.forgets(ctx.round) is not None:
         needed = 0  # of its own, see ``_check_forgotten``

@@ -16,12 +16,13 @@ from fedlora.plugins import load_plugins
 from fedlora.protocol import ClientInfo
 from fedlora.unlearning.recipe import recipe_of
 from orchestrator.selection import build_selector, how_many
+from orchestrator.stores.remote import is_url
 
 
 def check_names(config: RunConfig) -> None:
     """Raise ``ConfigError`` for whatever a configuration names and nobody knows: quick, and nothing is touched."""
     load_plugins(config.plugins)
-    compose(config.strategy)
+    check_shards(compose(config.strategy), config)
     build_selector(config.clients.selection)
     if config.continual:
         build_policy(config.continual.freeze)
@@ -89,6 +90,28 @@ def check_strategy(strategy: Strategy, config: RunConfig, clients: Sequence[str]
         raise ConfigError(
             f"ledger.max_rank has no effect: {name} does not patch the base, and no task is frozen into it; use flora,"
             " fedex or fedex_het"
+        )
+
+
+def check_shards(strategy: Strategy, config: RunConfig) -> None:
+    """Raise ``ConfigError`` where the clients of a run cannot be dealt into shards."""
+    if config.federation.shards == 1:
+        return
+    name = described(strategy)
+    if strategy.traits.personal:
+        raise ConfigError(
+            f"federation.shards: {name} keeps parts on the clients, so that shards have no whole models to combine; use"
+            " a strategy without personal parts"
+        )
+    if strategy.required:
+        raise ConfigError(
+            f"federation.shards: {name} needs {', '.join(strategy.required)} in every round, and a client is in one"
+            " shard only; use a rule without a root"
+        )
+    if is_url(config.output_dir):
+        raise ConfigError(
+            f"federation.shards: a run of shards is played on this machine's disk, and output_dir is"
+            f" {config.output_dir}; choose a folder"
         )
 
 

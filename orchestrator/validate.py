@@ -26,7 +26,8 @@ from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
 from orchestrator.opening import check_named
 from orchestrator.selection import build_selector
-from orchestrator.soundness import check_head, check_strategy
+from orchestrator.shards import shard_configs
+from orchestrator.soundness import check_head, check_shards, check_strategy
 from orchestrator.stores.files import check_folder
 
 
@@ -58,8 +59,12 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         clients = config.clients
         ranks = assign_ranks(list(corpus.shards), clients.ranks, config.lora.r, clients.declared, config.seed)
         check_named(config, list(corpus.shards))
+        if config.federation.shards > 1:
+            left = [len(corpus.shards) - len(part.clients.exclude) for part in shard_configs(config).values()]
+            facts["shards"] = f"{len(left)}, of {min(left)} to {max(left)} clients"
         if strategy is not None:
             check_strategy(strategy, config, list(corpus.shards), merges=_merges(config))
+            check_shards(strategy, config)
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())

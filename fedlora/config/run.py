@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from fedlora.config.federation import FederationConfig
 from fedlora.config.forgetting import ForgettingConfig
 from fedlora.config.sections import (
     AdmissionConfig,
@@ -41,6 +42,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     clients: ClientsConfig = ClientsConfig()
+    federation: FederationConfig = FederationConfig()
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -97,6 +99,7 @@ class RunConfig(Section):
         if self.continual and self.contributions:
             problems.append("contributions: the rounds of a stream cannot be aggregated again from a log; leave it out")
         problems += _of_forgetting(self)
+        problems += _of_shards(self)
         layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]
         if not layers or any(isinstance(layer, dict) and len(layer) != 1 for layer in layers):
             problems.append("strategy is a name, one name with its options, or a list of these")
@@ -156,6 +159,17 @@ def _of_forgetting(config: RunConfig) -> list[str]:
         if not one.records and (odd := sorted(set(one.clients) - set(config.clients.exclude))):
             problems.append(f"forgetting: {odd[0]} forgets all it has, and would go on learning it; exclude it")
     return problems
+
+
+def _of_shards(config: RunConfig) -> list[str]:
+    """What is wrong with the rest of a configuration whose clients are dealt into shards."""
+    reasons = {
+        "continual": "the tasks of a stream are frozen into one base, and every shard would have its own",
+        "forgetting": "shards are unlearned by playing one of them again, never by forget rounds",
+        "contributions": "the actions that read the log are not for shards, which are unlearned by shard_retrain",
+    }
+    odd = [key for key in reasons if getattr(config, key) not in (None, [])] if config.federation.shards > 1 else []
+    return [f"federation.shards does not go together with {key}: {reasons[key]}; leave one out" for key in odd]
 
 
 def _has_source(data: DataConfig) -> bool:

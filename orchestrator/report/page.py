@@ -128,6 +128,7 @@ def _page(run: _Run) -> str:
     sections = {
         "Curves": curves(run.rounds, run.summary.get("initial"), run.metric),
         "The stream": stream(run.rounds, run.journal or (), run.summary.get("stream")),
+        "Shards": _shards(run.summary.get("shards")),
         "Clients and their data": partition(run.clients),
         "Ranks": _ranks(run),
         "Bytes by round": _traffic(run.rounds),
@@ -168,6 +169,18 @@ def _key_figures(run: _Run) -> str:
     tiles = [tile(*map(escape, figure)) for figure in figures]
     wide = [tile(title, escape(end.get(key) or "–"), "") for title, key in hashes]
     return f'<dl>{"".join(tiles)}</dl><dl class="hashes">{"".join(wide)}</dl>'
+
+
+def _shards(shards: Record | None) -> str:
+    if not shards:
+        return ""
+    lines = []
+    for number, one in shards.items():
+        final = one["final"] or {}
+        counts = [integer(len(one["clients"])), integer(one["rows"])]
+        lines.append([number, *counts, percent(final.get("accuracy")), decimal(final.get("loss"))])
+    note = soft("Each was trained by its own clients alone. Rounds below are those of all shards together.")
+    return table(["Shard", "Clients", "Rows", "Score", "Loss"], "rrrrr", lines) + note
 
 
 def _ranks(run: _Run) -> str:

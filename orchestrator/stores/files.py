@@ -12,9 +12,11 @@ from typing import Any, BinaryIO
 from fedlora.config import RunConfig, differences, load_config
 from fedlora.errors import ConfigError, RunFolderError
 
+SHARDS = "shards"  # folders of the runs that a run of shards is made of
+UNFINISHED = "{0} is a run of shards that has not finished; let it end (fedlora resume {0}), then ask again"
 _WRITTEN = {
     *("config", "journal", "metrics", "partition", "labels", "summary", "report", "exports"),
-    *("checkpoints", "adapter", "ledger", "private", "contributions", "lease"),
+    *("checkpoints", "adapter", "ledger", "private", "contributions", "shards", "lease"),
 }
 
 
@@ -186,7 +188,7 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
     previous = read_config(folder)
     if previous.sha256() == config.sha256():
         return True
-    if not any((folder / "checkpoints").glob("round-*")):
+    if not any(any(folder.glob(f"{place}checkpoints/round-*")) for place in ("", "shards/*/")):
         return False  # it failed before its first commit
     keys = ", ".join(differences(config, previous)[:5])
     raise RunFolderError(
@@ -208,6 +210,18 @@ def read_config(folder: Path) -> RunConfig:
     except ConfigError as error:
         raise RunFolderError(f"{folder}/config.yaml cannot be read: {error}") from error
     return config.model_copy(update={"output_dir": str(folder)})
+
+
+def shard_folders(folder: Path) -> dict[int, Path]:
+    """The run folder of every shard of a run by number; empty for a run without shards."""
+    found = [path.parent for path in (folder / SHARDS).glob("*/config.yaml") if path.parent.name.isdigit()]
+    return {int(path.name): path for path in sorted(found, key=lambda path: int(path.name))}
+
+
+def home_of(folder: Path) -> Path | None:
+    """The folder of the run that a folder is a shard of; None for any other."""
+    place = folder.absolute().parent
+    return place.parent if place.name == SHARDS and (place.parent / "config.yaml").is_file() else None
 
 
 def _runs_nearby(folder: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from fedlora.errors import UnlearningError
 from fedlora.registry import Registry
 from fedlora.unlearning.request import Request
+from orchestrator.stores.files import read_config
 from orchestrator.unlearning.job import Job
 from orchestrator.unlearning.rollback import Rollback
 
@@ -32,6 +33,7 @@ class UnlearningAction(ABC):
     name: str
     kinds: ClassVar[frozenset[str]]  # of targets, see ``request.KINDS``
     planned_level = "A"  # at most; what was reached is said by ``make``
+    of_shards = False  # whether it is for runs of shards, and for no others
 
     def check(self, folder: Path, plan: Rollback) -> None:  # noqa: B027 - most have nothing to look at
         """Look whether it can be done to this run.
@@ -71,6 +73,20 @@ class UnlearningAction(ABC):
 
 
 ACTIONS: Registry[UnlearningAction] = Registry("unlearning action")
+
+
+def check_action(action: UnlearningAction, folder: Path, plan: Rollback) -> None:
+    """Look whether an action can be done to a run.
+
+    Raises:
+        UnlearningError: why it cannot.
+    """
+    sharded = read_config(folder).federation.shards > 1
+    if sharded and not action.of_shards:
+        raise UnlearningError(f"{folder} is a run of shards, which {action.name} does not know; use shard_retrain")
+    if action.of_shards and not sharded:
+        raise UnlearningError(f"{folder} has no shards (federation.shards), which {action.name} is for; use rollback")
+    action.check(folder, plan)
 
 
 def action_of(request: Request) -> UnlearningAction:

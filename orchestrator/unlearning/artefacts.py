@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def snapshot(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in _RECORDS and not name.startswith(("unlearning/", "lease.")):
+        plain = re.sub(r"^shards/\d+/", "", name)
+        if path.is_file() and plain not in _RECORDS and not plain.startswith(("unlearning/", "lease.")):
             found[name] = file_sha256(path)
     return found
 

@@ -25,7 +25,7 @@ from fedlora.unlearning.levels import LEVELS
 from fedlora.unlearning.standing import Standing
 from orchestrator.exports import read_exports
 from orchestrator.failpoints import reach
-from orchestrator.stores.files import file_sha256, read_json, write_atomic
+from orchestrator.stores.files import file_sha256, read_json, shard_folders, write_atomic
 from orchestrator.unlearning.artefacts import snapshot, still_there
 from orchestrator.unlearning.certificate_page import certificate_page
 from orchestrator.unlearning.gate import altered
@@ -176,7 +176,8 @@ def _exported(folder: Path) -> list[str]:
     return [
         f"On {line['time'][:10]} the {line['kind']} after round {line['round']} was exported to {line['path']};"
         " that copy, and those made of it, have to be removed where they are."
-        for line in read_exports(folder)
+        for place in (folder, *shard_folders(folder).values())
+        for line in read_exports(place)
     ]
 
 

@@ -76,7 +76,8 @@ def plan(
     from orchestrator.unlearning.traces import rounds_in_words
 
     request = _request(run, _Named(client, records, label, data, task))
-    load_plugins(read_config(run).plugins)
+    config = read_config(run)
+    load_plugins(config.plugins)
     found = plan_for(run, request)
     possible = estimates(run, request, found)
     kept = log_size(run)
@@ -97,7 +98,8 @@ def plan(
     else:
         begin = "the start" if found.start is None else f"the checkpoint of round {found.start}"
         used = "another run without it from" if request.kind == "task" else "first used in"
-        typer.echo(f"{used} round {found.first} of {found.rounds}; a rollback begins from {begin}")
+        replayed = "" if config.federation.shards > 1 else f"; a rollback begins from {begin}"
+        typer.echo(f"{used} round {found.first} of {found.rounds}{replayed}")
     typer.echo("".join(f"not E1: {doubt}\n" for doubt in found.doubts), nl=False)
     size = human_bytes(kept["bytes"])
     listed = rounds_in_words(kept["rounds"]) if kept["rounds"] else ""

@@ -33,7 +33,7 @@ class RollBack(UnlearningAction):
             return facts | {"goes_on_from": plan.start or 0}
         # where nothing is to be replayed the configuration has to say all the same that nobody comes back
         summary = replay(job.folder, plan, job.work, job.listen)
-        doubts = _doubts_of(job)
+        doubts = doubts_of(job.folder, job.work)
         level = "E2" if doubts else plan.level
         told = {"rounds_played": plan.replayed, "adapter_sha256": summary["adapter_sha256"], "doubts": doubts}
         return facts | told | {"level": level}
@@ -69,15 +69,15 @@ class Replay(RollBack):
         return super().make(job, replace(plan, start=None, first=1))
 
 
-def _doubts_of(job: Job) -> list[str]:
-    """Why a replay that has been played may differ in bytes from a run that never had the target."""
+def doubts_of(folder: Path, work: Path) -> list[str]:
+    """Why a replay in ``work`` that has been played may differ in bytes from a run that never had the target."""
     doubts = []
-    before, after = sessions(job.folder)[-1:], sessions(job.work)
+    before, after = sessions(folder)[-1:], sessions(work)
     if any(line[key] != before[0][key] for line in after for key in COMPARED):
         doubts.append("the replay was played with other versions, or on another machine")
-    if threads(job.work) - threads(job.folder):
+    if threads(work) - threads(folder):
         doubts.append("workers of the replay had another number of threads")
-    lost = [row["round"] for row in read_lines(job.work / "metrics.jsonl") if row["failed"] or row["late"]]
-    if lost and read_config(job.folder).fleet is None:
+    lost = [row["round"] for row in read_lines(work / "metrics.jsonl") if row["failed"] or row["late"]]
+    if lost and read_config(folder).fleet is None:
         doubts.append(f"clients failed or were late in round {lost[0]} of the replay")
     return doubts

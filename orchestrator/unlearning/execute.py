@@ -20,8 +20,8 @@ from orchestrator.checkpoint import checkpoints, load
 from orchestrator.failpoints import reach
 from orchestrator.lease import Lease
 from orchestrator.stores.files import file_sha256, read_config, read_json, write_json
-from orchestrator.unlearning import drop, exact, forget_rounds, subtraction  # noqa: F401 - they register actions
-from orchestrator.unlearning.actions import ACTIONS, action_of
+from orchestrator.unlearning import drop, exact, forget_rounds, shards, subtraction  # noqa: F401 - they register actions
+from orchestrator.unlearning.actions import ACTIONS, action_of, check_action
 from orchestrator.unlearning.artefacts import snapshot
 from orchestrator.unlearning.certificate import Outcome, write_certificate
 from orchestrator.unlearning.gate import kept_measurements, measurements, stale
@@ -50,7 +50,7 @@ def estimates(folder: Path, request: Request, plan: Rollback) -> list[Estimate]:
             continue
         try:
             action = ACTIONS.create(name)
-            action.check(folder, plan)
+            check_action(action, folder, plan)
             level = plan.level if action.planned_level == "E1" else action.planned_level
             found.append(Estimate(name, level, action.cost(folder, plan)))
         except (ConfigError, UnlearningError) as error:
@@ -96,7 +96,7 @@ def _plan(job: Job) -> Standing:
         plan = plan_for(job.folder, asked)
         if needed := sorted(set(compose(config.strategy).required) & set(plan.clients)):
             raise UnlearningError(f"{config.strategy_name} cannot do without {needed[0]}, which it trusts")
-        action.check(job.folder, plan)
+        check_action(action, job.folder, plan)
     except (ConfigError, UnlearningError) as error:
         refuse(job.folder, job.request, str(error))
         raise UnlearningError(f"{job.request} is refused: {error}") from error
@@ -115,6 +115,9 @@ def _contain(job: Job) -> Standing:
         shutil.rmtree(adapter, ignore_errors=True)  # half written before a crash
     else:
         adapter.rename(job.aside)  # with the adapters of isolated tasks
+    if plan.start is None and (others := shards.untouched(job.folder, plan)):
+        sha256 = file_sha256(put_in_use(job.folder, others))
+        return job.note("contained", {"adapter": "of the shards that never saw the target", "sha256": sha256})
     if plan.start is None:
         return job.note("contained", {"adapter": "removed: there is none from before the target took part"})
     state = next(load(path) for path in checkpoints(job.folder) if path.name == f"round-{plan.start:04d}")
@@ -160,6 +163,7 @@ def _verify(job: Job) -> Standing:
 
 def _purge(job: Job) -> Standing:
     plan = job.plan()
+    shards.publish_shards(job)
     take_over(job.folder, job.work, job.request)
     publish(job.folder, job.work)
     shutil.rmtree(job.aside, ignore_errors=True)
@@ -182,7 +186,7 @@ def _round_of(path: str) -> float:
 
     What is older than the target's first round holds nothing of it, whether it is still there or not.
     """
-    found = re.search(r"^(?:checkpoints|contributions|private/[^/]+)/round-(\d+)", path)
+    found = re.search(r"^(?:shards/\d+/)?(?:checkpoints|contributions|private/[^/]+)/round-(\d+)", path)
     return int(found[1]) if found else math.inf
 
 

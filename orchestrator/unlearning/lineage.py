@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedlora.errors import UnlearningError
+from fedlora.errors import UnlearningError, nearest
 from fedlora.unlearning.provenance import Graph, Node
 from orchestrator.report.markup import plural
+from orchestrator.stores.files import read_json, shard_folders
 from orchestrator.unlearning.provenance import read_provenance
 from orchestrator.unlearning.traces import rounds_in_words
 
@@ -36,9 +37,21 @@ def lineage(folder: Path, *, client: str | None = None, task: str | None = None)
     """
     if (client is None) == (task is None):
         raise UnlearningError("lineage is that of one client or of one task; name one of them")
+    if client is not None and (parts := shard_folders(folder)):
+        return _in_its_shard(parts, client)
     graph = read_provenance(folder)
     root = graph.root("client", client) if client is not None else graph.root("task", task or "")
     return [*_told(graph, root), *(f"not known: {gap}" for gap in graph.gaps)]
+
+
+def _in_its_shard(parts: Mapping[int, Path], client: str) -> list[str]:
+    """What descends from a client in a run of shards: no other shard has learned from it."""
+    homes = {row["client"]: number for number, part in parts.items() for row in read_json(part / "partition.json")}
+    if client not in homes:
+        raise UnlearningError(f"no shard of the run has a client {client}{nearest(client, homes)}")
+    number = homes[client]
+    told = f"client {client} is in shard {number} of {len(parts)}; the run's adapter and checkpoint are made of all"
+    return [told, *(f"shard {number}: {line}" for line in lineage(parts[number], client=client))]
 
 
 def _told(graph: Graph, root: Node) -> list[str]:

@@ -26,7 +26,7 @@ from fedlora.unlearning.keys import Keys
 from fedlora.unlearning.request import Request, SignedRequest
 from fedlora.unlearning.standing import REFUSED, Standing, check_step, fold
 from orchestrator.failpoints import reach
-from orchestrator.stores.files import read_config, read_json, sync_folder, writing
+from orchestrator.stores.files import UNFINISHED, home_of, read_config, read_json, sync_folder, writing
 
 FOLDER, LOG = "unlearning", "unlearning/requests.jsonl"
 
@@ -53,6 +53,10 @@ def receive(folder: Path, signed: SignedRequest, keys: Keys) -> Standing:
         UnlearningError: if its signature is not its signer's, or it is meant for another run; nothing is noted then.
         RunFolderError: if the log is damaged, or the folder is not that of a run.
     """
+    if home := home_of(folder):
+        raise UnlearningError(f"{folder} is a shard of {home}; ask for it there, or its part in the whole would stay")
+    if not (folder / "partition.json").exists() and read_config(folder).federation.shards > 1:
+        raise UnlearningError(UNFINISHED.format(folder))
     run = identity(folder)
     if not signed.is_genuine():
         raise UnlearningError(

@@ -25,7 +25,7 @@ from orchestrator import launch
 from orchestrator.checkpoint import checkpoints, commit, load, load_latest
 from orchestrator.contributions import copy_log
 from orchestrator.state import RunState
-from orchestrator.stores.files import read_config, read_json, read_lines, write_atomic
+from orchestrator.stores.files import UNFINISHED, read_config, read_json, read_lines, write_atomic
 from orchestrator.unlearning.doubts import doubts_about
 from orchestrator.unlearning.targets import as_learned, owners_of, rows_with_labels
 from orchestrator.unlearning.tasks import course_of, parting, rows_without, unplayed_rounds, without_tasks
@@ -112,6 +112,9 @@ def plan_rollback(
     """
     config = read_config(folder)
     state, _ = load_latest(folder)
+    sharded = config.federation.shards > 1
+    if state is None and sharded:
+        raise UnlearningError(UNFINISHED.format(folder))
     if state is None:
         raise UnlearningError(f"{folder} has no committed round, so there is nothing to unlearn; start it anew without")
     known = [*(row["client"] for row in read_json(folder / "partition.json")), *config.clients.exclude]
@@ -128,7 +131,7 @@ def plan_rollback(
         first = 1  # the rows say nothing, and the state does
     start = _start(folder, first, clients) if first is not None else state.round
     first = 1 if first == 0 else first  # not even the start can be kept
-    doubts = doubts_about(folder, config, rows, start or 0)
+    doubts = doubts_about(folder, config, rows, state.round if sharded else start or 0)  # other shards are kept
     gone = tuple(sorted({*clients, *emptied}))
     found = gone, tuple(sorted(records)), tuple(owners), first, start, state.round
     unplayed = tuple(unplayed_rounds(config, state, tasks))
