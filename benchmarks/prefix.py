@@ -98,9 +98,9 @@ def main(
     text = [
         HEADING,
         "",
-        "`.venv/bin/python benchmarks/prefix.py --data ../shared/data --write`: CLINC150, twenty clients, an epoch of 16"
-        " rows a step, ranks 4, 8 and 16 on query and value of the upper three of MiniLM's six layers. A round of each run"
-        " in turn.",
+        "`.venv/bin/python benchmarks/prefix.py --data ../shared/data --write`: CLINC150, twenty clients, an epoch of"
+        " 16 rows a step, ranks 4, 8 and 16 on query and value of the upper three of MiniLM's six layers. A round of each"
+        " run in turn.",
         "",
         f"{processor()}, torch {torch.__version__} with {threads} threads; load average {load:.1f} before.",
         "",
@@ -112,8 +112,8 @@ def main(
         text.append(f"| {name} | {arm.seconds[0]:.1f} | {later:.1f} | {score:.4f} |")
     text += [
         "",
-        f"Later rounds are {spread(without.seconds[1:], kept.seconds[1:])} times faster, the first takes {first:.2f} times"
-        f" as long. After it the models differ by {apart:.1e} of the largest value of a tensor.",
+        f"Later rounds are {spread(without.seconds[1:], kept.seconds[1:])} times faster, the first takes {first:.2f}"
+        f" times as long. After it the models differ by {apart:.1e} of the largest value of a tensor.",
         "",
     ]
     typer.echo("\n".join(text))
