@@ -99,8 +99,8 @@ def main(
         HEADING,
         "",
         "`.venv/bin/python benchmarks/prefix.py --data ../shared/data --write`: CLINC150, twenty clients, an epoch of"
-        " 16 rows a step, ranks 4, 8 and 16 on query and value of the upper three of MiniLM's six layers. A round of each"
-        " run in turn.",
+        " 16 rows a step, ranks 4, 8 and 16 on query and value of the upper three of MiniLM's six layers. A round of"
+        " each run in turn.",
         "",
         f"{processor()}, torch {torch.__version__} with {threads} threads; load average {load:.1f} before.",
         "",
