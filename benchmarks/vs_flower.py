@@ -268,7 +268,7 @@ def play_fedlora(recipe: Recipe, place: Path, threads: int) -> float:
             "max_steps": recipe.steps,
             "base_dropout": False,
         },
-        "evaluation": {"every": 1000, "per_client": False},
+        "evaluation": {"every": 1000, "at_start": False, "per_client": False},
         "strategy": "fedit",
         "rounds": recipe.rounds,
         "threads": threads,

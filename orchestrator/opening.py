@@ -103,7 +103,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
 
 
 def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
-    """The state before the first round, scored."""
+    """The state before the first round, scored unless the configuration leaves that out."""
     skipped = fed.following(0) - 1  # of isolated tasks each has its own start, whichever of them are left out
     seed = derive_seed(config.seed, skipped, "", "start") if skipped and fed.isolated else config.seed
     state = RunState(
@@ -113,6 +113,8 @@ def first_state(config: RunConfig, fed: Federation, base: BaseInfo) -> RunState:
         config_sha256=config.sha256(),
         base_fingerprint=base.fingerprint,
     )
+    if not config.evaluation.at_start:
+        return state
     found = evaluate_global(replace(fed, evaluate_clients=False), state)
     stream = Progress().begun(found.tasks) if found.tasks else None
     return replace(state, initial=found.scores, stream=stream)

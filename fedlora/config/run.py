@@ -98,6 +98,8 @@ class RunConfig(Section):
             self.__dict__["continual"] = self.continual.model_copy(update={"tasks": tasks})
         if self.continual and self.contributions:
             problems.append("contributions: the rounds of a stream cannot be aggregated again from a log; leave it out")
+        if self.continual and not self.evaluation.at_start:
+            problems.append("evaluation.at_start: what a stream brings is measured from its start; leave it on")
         problems += _of_forgetting(self)
         problems += _of_shards(self)
         layers = self.strategy if isinstance(self.strategy, list) else [self.strategy]

@@ -217,6 +217,7 @@ class EvaluationConfig(Section):
     """When the server looks; the last round is always scored."""
 
     every: int = Field(1, ge=1, description="rounds between evaluations")
+    at_start: bool = Field(True, description="score the model before the first round too")
     per_client: bool = Field(True, description="score the global model on every client's held-out rows too")
     max_rows_per_client: int | None = Field(64, ge=1)
     probe: DataConfig | None = Field(

@@ -3,16 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fedlora.config import RunConfig
-from fedlora.errors import RunFolderError
+from fedlora.errors import ConfigError, RunFolderError
 from orchestrator import launch
 from orchestrator.cli import app
 from orchestrator.profile import profile
-from tests.conftest import quiet
+from tests.conftest import quiet, toy_config
 
 
 def test_phases_sum_to_the_wall_time(toy: Callable[..., RunConfig]) -> None:
@@ -33,3 +34,14 @@ def test_phases_sum_to_the_wall_time(toy: Callable[..., RunConfig]) -> None:
 def test_a_run_that_has_not_ended_has_no_profile(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not a finished run"):
         profile(tmp_path)
+
+
+def test_a_run_may_begin_without_a_look_at_the_model(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    for place, change in (("looked", {}), ("not", {"evaluation__at_start": False})):
+        told.append(launch.run(toy_config(tmp_path / place, rounds=1, **change), quiet))
+    assert [summary["initial"] is None for summary in told] == [False, True]
+    assert told[0]["adapter_sha256"] == told[1]["adapter_sha256"]
+    assert "Final accuracy" in (tmp_path / "not" / "report.html").read_text()
+    with pytest.raises(ConfigError, match="leave it on"):
+        toy_config(tmp_path, continual={"split": 2, "rounds": 2}, rounds=4, evaluation__at_start=False)
