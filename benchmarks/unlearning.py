@@ -3,9 +3,10 @@
     HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/unlearning.py --data ../shared/data
 
 A scenario is a finished run and what is to be taken out of it: the client that alone has one domain of CLINC150, or the
-rows, one in twenty, that came with a wrong label (rows that are right leave no trace that the gate could see). Every action is carried out on a copy of the run, without the gate of the command; what it leaves is
-measured beside two controls that never saw the target, and then the gate is asked. Every finished row is a line of the
-results file, and the command goes on where it was stopped.
+rows, one in twenty, that came with a wrong label (rows that are right leave no trace that the gate could see). Every
+action is carried out on a copy of the run, without the gate of the command; what it leaves is measured beside two
+controls that never saw the target, and then the gate is asked. Every finished scenario is some lines of the results
+file, and the command goes on where it was stopped.
 """
 
 from __future__ import annotations
