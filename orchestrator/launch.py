@@ -36,7 +36,6 @@ from orchestrator.pools import open_pool
 from orchestrator.report import write_report
 from orchestrator.results import finish
 from orchestrator.rounds import play_round
-from orchestrator.shards import combined, play_shards
 from orchestrator.soundness import check_names
 from orchestrator.state import RunState
 from orchestrator.stores.files import (
@@ -204,6 +203,8 @@ def _session(
                 emit("pool_starting", {"pool": config.pool})
             sharded = state is None and config.federation.shards > 1
             if sharded:
+                from orchestrator.shards import combined, play_shards  # deals by rows, which nobody else here reads
+
                 play_shards(config, folder, emit, partial(_play_shard, lease, listen))
             with closing(open_pool(config)) as pool:
                 fed, base = open_federation(config, pool, emit)
