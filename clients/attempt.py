@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from fedlora.config import RunConfig
@@ -41,8 +41,8 @@ class Runtime(Protocol):
 class TrainsTogether(Protocol):
     """A runtime that can train several clients in one pass."""
 
-    def train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
-        """Wire bytes of every client's update; None for one that has to be trained alone."""
+    def train_together(self, tasks: Sequence[TrainTask]) -> list[tuple[bytes, float] | None]:
+        """Wire bytes of every client's update and its part of the work; None for one that has to be trained alone."""
         ...
 
 
@@ -71,15 +71,19 @@ def attempt(runtime: Runtime, task: TrainTask) -> Reply:
 
 def attempt_together(runtime: Runtime, tasks: Sequence[TrainTask]) -> list[Reply]:
     """The answers of a cohort. Whoever cannot be one of it, or fails in it, is tried alone, and so is everybody if the
-    whole cohort fails.
+    pass itself fails; the answers then say why.
     """
-    start = time.perf_counter()
-    found: list[bytes | None] = [None] * len(tasks)
+    start, why = time.perf_counter(), ""
+    found: list[tuple[bytes, float] | None] = [None] * len(tasks)
     if len(tasks) > 1 and isinstance(runtime, TrainsTogether):
-        with contextlib.suppress(Exception):  # out of memory, or a method that wants the model to itself
+        try:
             found = runtime.train_together(tasks)
-    seconds = (time.perf_counter() - start) / max(1, sum(payload is not None for payload in found))
+        except Exception as error:  # noqa: BLE001 - out of memory, or a method that wants the model to itself
+            why = f"{type(error).__name__}: {error}"
+    seconds, whole = time.perf_counter() - start, sum(answer[1] for answer in found if answer) or 1.0
     return [
-        attempt(runtime, task) if payload is None else Reply(task.client, payload, seconds=seconds)
-        for task, payload in zip(tasks, found, strict=True)
+        Reply(task.client, answer[0], seconds=seconds * answer[1] / whole)
+        if answer
+        else replace(attempt(runtime, task), alone=why)
+        for task, answer in zip(tasks, found, strict=True)
     ]

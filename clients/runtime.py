@@ -48,7 +48,7 @@ from fedlora.plugins import load_plugins
 from fedlora.protocol import PARTS, BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
 from fedlora.seeds import derive_seed
 from fedlora.training.batches import steps_of
-from fedlora.training.capacity import clients_per_pass
+from fedlora.training.capacity import clients_per_pass, longest
 from fedlora.training.cohort import train_cohort
 from fedlora.training.evaluate import HARD_POOL, evaluate, hardest
 from fedlora.training.features import features, nearest
@@ -111,8 +111,11 @@ class ClientRuntime:
         if alone := why_not(model, adapter_name(1)):
             return replace(info, alone=alone)
         name_parameters(model, adapter_name(1), PARTS)
-        batch, length = self._config.training.per_device_train_batch_size, self._config.data.max_length
-        return replace(info, cohort=clients_per_pass(model, batch, length, not info.labels, adapted.base.device))
+        training, rank = self._config.training, max(member.rank for member in self.members())
+        size = rank * sum(out + into for out, into in info.sites.values()) + sum(t.numel() for t in info.dense.values())
+        row = longest(model, self._config.data.max_length, not info.labels, training.base_dropout, adapted.base.device)
+        fits = clients_per_pass(row, training.per_device_train_batch_size, size, adapted.base.device)
+        return replace(info, cohort=fits)
 
     def train(self, task: TrainTask) -> bytes:
         """Execute one task.
@@ -130,22 +133,23 @@ class ClientRuntime:
                 learned = self._learn(task)
             return self._answer(task, learned)
 
-    def train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
+    def train_together(self, tasks: Sequence[TrainTask]) -> list[tuple[bytes, float] | None]:
         """Execute tasks of one round with the same ledger and the same trained parts in one pass over the base.
 
         Returns:
-            What ``train`` gives, up to rounding and dropout; None for a client that has to be trained alone.
+            What ``train`` gives, up to rounding and dropout, and the client's part of the pass, in tokens; None for a
+            client that has to be trained alone. What is wrong with it shows then, and costs nobody else.
         """
         with self._watch.on("adapters"):
             return self._train_together(tasks)
 
-    def _train_together(self, tasks: Sequence[TrainTask]) -> list[bytes | None]:
+    def _train_together(self, tasks: Sequence[TrainTask]) -> list[tuple[bytes, float] | None]:
         lessons: dict[int, Lesson] = {}
         for place, task in enumerate(tasks):
             if self._can_share(task):
-                with contextlib.suppress(Exception):  # what is wrong with a client shows when it is trained alone
+                with contextlib.suppress(Exception):
                     lessons[place] = self._begin(task)
-        answers: list[bytes | None] = [None] * len(tasks)
+        answers: list[tuple[bytes, float] | None] = [None] * len(tasks)
         if len(lessons) < 2:
             return answers
         adapted, first = self._model(), next(iter(lessons.values()))
@@ -156,14 +160,17 @@ class ClientRuntime:
             found = train_cohort(*which, members, first.begun.trained, first.options, first.local.pad_token_id)
         for (place, lesson), trained in zip(lessons.items(), found, strict=True):
             if trained.result is not None:
-                lesson.put_back(adapted, trained.tensors)
-                answers[place] = self._answer(lesson.task, lesson.learned(trained.result))
+                with contextlib.suppress(Exception):
+                    lesson.put_back(adapted, trained.tensors)
+                    payload = self._answer(lesson.task, lesson.learned(trained.result))
+                    answers[place] = payload, float(trained.result.tokens)
         return answers
 
     def _can_share(self, task: TrainTask) -> bool:
         """Whether a client can be one of a cohort."""
         hostile = self._assault is not None and task.client in self._assault.group
-        return not (hostile or task.forget is not None or MethodStack(task.plan.methods).alone)
+        awaited = self._live is not None and not self._live.has(task.round)  # it waits for its rows once, not twice
+        return not (hostile or awaited or task.forget is not None or MethodStack(task.plan.methods).alone)
 
     def _answer(self, task: TrainTask, learned: Learned) -> bytes:
         """Wire bytes of an update; what the client keeps is saved before."""
@@ -347,9 +354,10 @@ class ClientRuntime:
         if self._adapted is None:
             base = self._load()
             check_length(base.model, self._config.data.max_length)
-            self._adapted = AdaptedModel(
-                base, adapter_spec(self._config), self._config.training.prefix_cache_gb * 2**30
-            )
+            settings, corpus = self._config.training, self.corpus
+            rows = 0 if self._live else len(corpus.train) + len(corpus.test)  # of live rows there is no end
+            memory = settings.prefix_cache_gb * 2**30, rows * self._config.data.max_length
+            self._adapted = AdaptedModel(base, adapter_spec(self._config), *memory)
         return self._adapted
 
     def _load(self) -> Base:

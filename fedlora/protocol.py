@@ -181,6 +181,7 @@ class Reply:
     Attributes:
         payload: wire bytes of a ``ClientUpdate``, unchecked; a pool may give a view of memory it shares.
         error: one sentence when the client failed; ``traceback`` for the journal.
+        alone: why a client that belongs to a cohort was trained alone; its bytes are not those of the cohort.
     """
 
     client: str
@@ -188,6 +189,7 @@ class Reply:
     error: str | None = None
     traceback: str | None = None
     seconds: float = 0.0
+    alone: str = ""
 
 
 @dataclass(frozen=True)

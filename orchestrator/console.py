@@ -44,7 +44,7 @@ class Screen:
             disable=not self.console.is_terminal,
         )
         self._clients = self._progress.add_task("clients", total=1, visible=False)
-        self._failures, self._traced = 0, False
+        self._failures, self._traced, self._told_alone = 0, False, False
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -89,6 +89,11 @@ class Screen:
     def _on_cohorts(self, fields: Mapping[str, Any]) -> None:
         if fields["alone"]:
             self._say(f"clients train one after another, not in one pass: {fields['alone']}")
+
+    def _on_trained_alone(self, fields: Mapping[str, Any]) -> None:
+        if not self._told_alone:
+            self._say(f"[yellow]a cohort was taken apart[/] in round {fields['round']}: {escape(fields['reason'])}")
+        self._told_alone = True
 
     def _on_attackers(self, fields: Mapping[str, Any]) -> None:
         self._say(f"[yellow]attack:[/] {escape(describe_attack(fields['attack'], fields['clients']))}")

@@ -43,6 +43,7 @@ class Inbox:
         self.refused: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.late: dict[str, str] = {}
+        self.alone: dict[str, str] = {}
         self.bytes_up = 0
         self.bytes_up_fp32 = 0  # headers aside
 
@@ -63,6 +64,9 @@ class Inbox:
             expected, flight: what the client was asked; None where it was not.
         """
         reach("round.answered", self.number)
+        if reply.alone:
+            self.alone[reply.client] = reply.alone
+            self._emit("trained_alone", reply.client, {"reason": reply.alone})
         if reply.payload is None:
             self.fail(reply.client, reply.error or "no answer", reply.traceback)
             return
@@ -119,6 +123,7 @@ def describe(inbox: Inbox, packed: bool) -> dict[str, Any]:
         "refused": inbox.refused,
         "failed": inbox.failed,
         "late": inbox.late,
+        **({"alone": inbox.alone} if inbox.alone else {}),
         "bytes_up": inbox.bytes_up,
         **({"bytes_up_fp32": inbox.bytes_up_fp32} if packed else {}),
         "train_tokens": tokens,

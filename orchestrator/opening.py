@@ -24,6 +24,7 @@ from fedlora.seeds import derive_seed
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
 from orchestrator.forgetting import check_forgetting
+from orchestrator.pools.cohorts import cohort_size
 from orchestrator.progress import Progress
 from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
@@ -61,7 +62,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     fresh = initial_adapter(base.sites, base.dense, rank, config.seed, config.lora.init)
     for stats in pool.stats():
         emit("worker_ready", asdict(stats))
-    emit("cohorts", {"clients": config.training.cohort_size or base.cohort, "alone": base.alone})
+    emit("cohorts", {"clients": cohort_size(config, base), "alone": base.alone})
     course = Course.of(config.continual, config.seed) if config.continual else None
     stops = [config.continual.stops[place] for place in config.continual.present] if config.continual else []
     fed = Federation(

@@ -32,7 +32,7 @@ class Profile:
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time in which no client trained and nothing was scored."""
+        """Share of the workers' time in which they neither trained nor scored."""
         return 1 - (self.phases["train"] + self.phases["evaluate"]) / self.wall_s if self.wall_s else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Profile:
         lines.append(f"{'wall time':<22}{self.wall_s:>9.1f}")
         workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
         lines.append(
-            f"{self.rounds} rounds on {workers}; {self.overhead:.1%} of the time is neither training nor scoring"
+            f"{self.rounds} rounds on {workers}; {self.overhead:.1%} of the time went neither into training nor scoring"
         )
         return "\n".join(lines)
 
@@ -64,7 +64,15 @@ def profile(folder: Path) -> Profile:
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     if summary.get("status") != "finished":
         raise RunFolderError(f"{folder} is not a finished run; its time is known once it has ended")
+    if summary.get("shards"):
+        raise RunFolderError(f"{folder} is made of shards; look at one of them: {folder}/shards/1")
     journal = read_lines(folder / "journal.jsonl")
+    ends = [line for line in journal if line["event"] == "run_finished"]
+    if not ends or ends[-1]["adapter_sha256"] != summary["adapter_sha256"]:
+        raise RunFolderError(
+            f"the journal of {folder} does not tell how its summary came about: a session was cut off,"
+            " or a request to unlearn has put another run in its place"
+        )
     first = max(i for i, line in enumerate(journal) if line["event"] in ("run_opened", "run_resumed"))
     session = journal[first:]
     ready = [i for i, line in enumerate(session) if line["event"] == "worker_ready"]
@@ -72,7 +80,7 @@ def profile(folder: Path) -> Profile:
     workers = summary["workers"]
     if not ready or not all("seconds" in worker for worker in workers):
         raise RunFolderError(f"{folder} was played by an older version, which did not take the time of its workers")
-    ended = next(line for line in reversed(session) if line["event"] == "run_finished")
+    ended = ends[-1]
     wall, opening = _between(session[0], ended), _between(session[0], session[ready[-1]])
     phases = {work: sum(worker["seconds"].get(work, 0.0) for worker in workers) / len(workers) for work in _WORK}
     phases |= {

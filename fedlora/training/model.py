@@ -89,17 +89,18 @@ class AdaptedModel:
     """One base model that carries one adapter per distinct rank; the base is shared by all.
 
     Args:
-        prefix_bytes: memory for what frozen layers below the adapters make of each row, see ``FrozenPrefix``. Not for
-            a model whose base weights somebody changes.
+        prefix_bytes, tokens: memory for what frozen layers below the adapters make of each row, and of how many tokens
+            at most, see ``put_prefix``. Not for a model whose base weights somebody changes.
     """
 
-    def __init__(self, base: Base, spec: AdapterSpec, prefix_bytes: float = 0):
+    def __init__(self, base: Base, spec: AdapterSpec, prefix_bytes: float = 0, tokens: int = 0):
         self.base = base
         self.spec = spec
         self._sites = find_sites(base.model, spec.target_modules)
         self._saved = find_saved(base.model, spec.modules_to_save, base.spec.task)
         self._peft: Any = None
-        self.prefix = put_prefix(base.model, self._sites, prefix_bytes, base.spec.task == "causal-lm")
+        writes = base.spec.task == "causal-lm"
+        self.prefix = put_prefix(base.model, self._sites, self._saved, prefix_bytes, tokens, writes)
         self.merges = takes_patches(base.model, list(self._sites))
         self._patches: tuple[Patch, ...] = ()
         self._side = SideUpdates(base.model)

@@ -77,8 +77,11 @@ class FrozenPrefix:
         self._undo.append(lambda: delattr(layer, "forward"))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._reaching:
+            return
+        self._hidden = None  # whatever stopped the pass before this one
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        if self._reaching or not self._serves(given):
+        if not self._serves(given):
             return
         ids, mask = given["input_ids"], given["attention_mask"].bool()
         texts = [row[seen] for row, seen in zip(ids.cpu(), mask.cpu(), strict=True)]
@@ -108,8 +111,8 @@ class FrozenPrefix:
         found = self._known.get(key)
         if found is None:
             ids = text[None].to(device)
-            self._reaching = True
             try:
+                self._reaching = True
                 self._backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
                 raise AssertionError("the first adapted layer was not reached")
             except _ReachedError as reached:
@@ -123,7 +126,9 @@ class FrozenPrefix:
         return found
 
 
-def put_prefix(model: Any, sites: Collection[str], budget: float, writes: bool) -> FrozenPrefix | None:
+def put_prefix(
+    model: Any, sites: Collection[str], saved: Collection[str], budget: float, tokens: int, writes: bool
+) -> FrozenPrefix | None:
     """Let rows pass the frozen lower layers of a model once; None where there are none, or where it cannot be done.
 
     Whether the model comes to the same is tried on two rows of unequal length.
@@ -131,11 +136,15 @@ def put_prefix(model: Any, sites: Collection[str], budget: float, writes: bool) 
     Args:
         model: a base without adapters.
         sites: paths of the modules that get adapters.
+        saved: names of modules that are trained in full; none of them may lie in the lower layers.
         budget: bytes.
+        tokens: of all rows, at most. If what is made of them does not fit, nothing is kept: rows that pass the layers
+            one by one every time take longer than in batches.
         writes: whether it is a language model.
     """
-    found = _lower_layers(model, sites)
-    if found is None or budget <= 0:
+    found = _lower_layers(model, sites, saved)
+    width = getattr(model.config, "hidden_size", 0) * next(model.parameters()).element_size()
+    if found is None or not tokens or tokens * max(width, 1) > budget:
         return None
     backbone, layers = found
     still = not any(isinstance(module, nn.Dropout) and module.p for module in model.modules()) and not any(
@@ -167,8 +176,11 @@ def put_prefix(model: Any, sites: Collection[str], budget: float, writes: bool) 
     return prefix if alike else None
 
 
-def _lower_layers(model: nn.Module, sites: Collection[str]) -> tuple[nn.Module, list[nn.Module]] | None:
-    """The backbone, and its layers up to the lowest adapted one; None where that is the first, or not one stack."""
+def _lower_layers(
+    model: nn.Module, sites: Collection[str], saved: Collection[str]
+) -> tuple[nn.Module, list[nn.Module]] | None:
+    """The backbone, and its layers up to the lowest adapted one; None where that is the first, or not one stack, or
+    where something below it is trained."""
     places = [_PLACE.match(site) for site in sites]
     stacks = {place["stack"] for place in places if place}
     if len(stacks) != 1 or not all(places):
@@ -177,5 +189,13 @@ def _lower_layers(model: nn.Module, sites: Collection[str]) -> tuple[nn.Module, 
     lowest = min(int(place["index"]) for place in places if place)
     backbone, layers = model.get_submodule(stack.partition(".")[0]), model.get_submodule(stack)
     if not lowest or backbone is layers or not isinstance(layers, nn.ModuleList):
+        return None
+    below = {id(module) for layer in list(layers)[:lowest] for module in layer.modules()}
+    for child in backbone.children():  # in the order of the model: what stands before the stack is below it
+        if any(module is layers for module in child.modules()):
+            break
+        below |= {id(module) for module in child.modules()}
+    named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    if any(name in saved and id(module) in below for name, module in named):
         return None
     return backbone, list(layers)[: lowest + 1]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from fedlora.config import RunConfig
 from fedlora.protocol import BaseInfo, ClientInfo, TrainTask
 from fedlora.training.batches import steps_of
+from orchestrator.pools.balance import CALL_BYTES
 
 Cohort: TypeAlias = tuple[TrainTask, ...]
 
@@ -20,6 +21,8 @@ class Division:
     def __init__(self, config: RunConfig, members: Sequence[ClientInfo], base: BaseInfo):
         self._training, self._members = config.training, {member.id: member for member in members}
         self.size = cohort_size(config, base)
+        # what is said is done; otherwise every worker is to have its share of a round
+        self._least = 1 if config.training.cohort_size else config.ray.workers or 2
 
     def cohorts(self, tasks: Sequence[TrainTask]) -> list[Cohort]:
         """Tasks in cohorts of up to ``size`` clients, as equal in number as can be.
@@ -36,7 +39,11 @@ class Division:
         cohorts: list[Cohort] = []
         for group in groups.values():
             group.sort(key=self._steps)
-            count = math.ceil(len(group) / self.size)
+            size = sum(
+                len(task.adapter) for task in group
+            )  # an answer is about as large, and those of a call travel as one
+            count = max(math.ceil(len(group) / self.size), math.ceil(size / CALL_BYTES), self._least)
+            count = min(count, len(group))
             ends = [len(group) * part // count for part in range(count + 1)]
             cohorts += [tuple(group[first:end]) for first, end in pairwise(ends)]
         return cohorts

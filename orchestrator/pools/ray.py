@@ -42,6 +42,7 @@ class _Job:
         cost: estimated, in whatever unit its kind of task has.
         cohort: which of the queue's cohorts it belongs to; they stay together.
         alone: its cohort shares its call with no other.
+        split: why its cohort was taken apart.
         tries: workers that died over it.
         wanted: false once it has been abandoned.
         result: of a task of evaluation.
@@ -51,6 +52,7 @@ class _Job:
     cost: float
     cohort: int
     alone: bool = False
+    split: str = ""
     tries: int = 0
     wanted: bool = True
     result: EvalResult | None = None
@@ -190,7 +192,7 @@ class RayPool:
         while True:
             while self._out.arrived:
                 reply, payload = self._out.arrived.popleft()
-                yield reply if payload is None else Reply(reply.client, payload.data, seconds=reply.seconds)
+                yield reply if payload is None else replace(reply, payload=payload.data)
                 now = time.monotonic()
                 if now - looked > _POLL_S and (ends is None or now < ends):
                     looked = now
@@ -293,7 +295,7 @@ class RayPool:
         if not job.trains:
             job.result = result[0]
         elif job.wanted:
-            self._out.arrived.append(result)
+            self._out.arrived.append((replace(result[0], alone=job.split or result[0].alone), result[1]))
 
     def _try_again(self, call: _Call, reason: str) -> None:
         """The jobs of a worker that died."""
@@ -306,6 +308,7 @@ class RayPool:
                 self._out.queue.appendleft(job)
             elif sizes[job.cohort] > 1:
                 job.cohort = next(self._numbers)  # one of them may be at fault: each once more, alone
+                job.split = f"its cohort's worker died {job.tries} times ({reason})"
                 self._out.queue.appendleft(job)
             else:
                 times = "once" if job.tries == 1 else f"{job.tries} times"

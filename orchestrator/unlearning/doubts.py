@@ -39,6 +39,8 @@ def doubts_about(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, An
     lost = [row["round"] for row in rows if row["round"] <= start and (row["failed"] or row["late"])]
     if lost and config.fleet is None:
         doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")
+    if apart := [row["round"] for row in rows if row.get("alone")]:
+        doubts.append(f"a cohort was taken apart in round {apart[0]}, which another run need not repeat")
     return [*doubts, *_suppressed(folder, start)]
 
 

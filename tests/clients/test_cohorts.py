@@ -12,11 +12,15 @@ from clients.attempt import attempt_together
 from clients.runtime import ClientRuntime
 from fedlora.adapter.wire import decode_update
 from fedlora.config import RunConfig
+from fedlora.errors import FedLoRAError
 from fedlora.protocol import Reply, TrainTask
+from orchestrator import launch
 from orchestrator.opening import first_state, open_federation
 from orchestrator.pools.cohorts import Division
 from orchestrator.pools.local import LocalPool
 from orchestrator.rounds import play_round
+from orchestrator.stores.files import read_lines
+from orchestrator.unlearning.doubts import doubts_about
 from tests.conftest import quiet, toy_config
 
 STILL = {"training__base_dropout": False}
@@ -96,7 +100,7 @@ def check_equal(config: RunConfig) -> None:
     payloads = pool.runtime.train_together(tasks)
     assert len(tasks) > 2
     assert all(payloads)
-    together = [Reply(task.client, payload) for task, payload in zip(tasks, payloads, strict=True)]
+    together = [Reply(task.client, found[0]) for task, found in zip(tasks, payloads, strict=True) if found]
     check_alike(together, [Reply(task.client, pool.runtime.train(task)) for task in tasks])
 
 
@@ -116,6 +120,37 @@ def test_a_client_that_fails_costs_itself_only(tmp_path: Path) -> None:
     assert [reply.client for reply in replies if reply.error] == [second.client]
     fewer = attempt_together(pool.runtime, [first, *rest])
     assert [r.payload for r in replies if r.payload] == [r.payload for r in fewer]
+    assert not any(reply.alone for reply in replies)
+
+
+def test_a_client_that_cannot_keep_its_own_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = played(toy_config(tmp_path, strategy=RULES["scaffold"], **STILL), 1)
+    tasks, whole = pool.calls[-1], attempt_together(pool.runtime, pool.calls[-1])
+    save = pool.runtime._private.save
+
+    def full(client: str, *args: Any) -> None:
+        if client == tasks[1].client:
+            raise FedLoRAError("no space left")
+        save(client, *args)
+
+    monkeypatch.setattr(pool.runtime._private, "save", full)
+    replies = attempt_together(pool.runtime, tasks)
+    assert [reply.error for reply in replies if reply.error] == ["no space left"]
+    assert [r.payload for r in replies if r.payload] == [r.payload for r in whole if r.client != tasks[1].client]
+
+
+def test_a_cohort_that_fails_is_taken_apart_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toy_config(tmp_path / "run", rounds=1, **STILL)
+
+    def too_large(*args: Any) -> None:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr("clients.runtime.train_cohort", too_large)
+    summary = launch.run(config, quiet)
+    assert summary["status"] == "finished"
+    (row,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert set(row["alone"].values()) == {"MemoryError: no memory left"}
+    assert any("taken apart in round 1" in doubt for doubt in doubts_about(tmp_path / "run", config, [row], 0))
 
 
 def test_equal_cohorts_give_equal_bytes(tmp_path: Path) -> None:
@@ -134,6 +169,11 @@ def test_dora_trains_alone_and_says_why(tmp_path: Path) -> None:
 def test_cohorts_are_as_equal_as_can_be_and_of_one_kind(tmp_path: Path) -> None:
     config = toy_config(tmp_path, clients__count=7, training__cohort_size=3, **STILL)
     pool = played(config, 1)
+    shared = config.model_copy(update={"training": config.training.model_copy(update={"cohort_size": None})})
+    for workers, sizes in ((None, [3, 4]), (5, [1, 1, 2, 1, 2])):
+        spread = shared.model_copy(update={"ray": shared.ray.model_copy(update={"workers": workers})})
+        cohorts = Division(spread, pool.members(), pool.base()).cohorts(pool.calls[-1])
+        assert [len(cohort) for cohort in cohorts] == sizes
     tasks = pool.calls[-1]
     division = Division(config, pool.members(), pool.base())
     assert [len(cohort) for cohort in division.cohorts(tasks)] == [2, 2, 3]

@@ -28,14 +28,18 @@ UPPER = {"lora__target_modules": r".*layer\.1\..*(query|value)", "training__base
 class Watched:
     """An adapted model, and how many rows its lowest layer was given."""
 
-    def __init__(self, kind: str, layer: int = 1, budget: float = 2**20):
+    def __init__(
+        self, kind: str, layer: int = 1, budget: float = 2**20, tokens: int = 4, saved: tuple[str, ...] | None = None
+    ):
         spec, stack = KINDS[kind]
         base, self.kind, self.rows = load_base(spec), kind, 0
         lowest = next(
             m for name, m in base.model.named_modules() if name.startswith(f"{stack}layer") and type(m) is nn.Linear
         )
         lowest.register_forward_hook(self._count)
-        self.adapted = AdaptedModel(base, AdapterSpec(rf".*layers?\.{layer}\..*(query|q_proj)", 2.0), budget)
+        self.adapted = AdaptedModel(
+            base, AdapterSpec(rf".*layers?\.{layer}\..*(query|q_proj)", 2.0, modules_to_save=saved), budget, tokens
+        )
         self.model = self.adapted.at_rank(2)
         self.model.eval()
         self.rows = 0
@@ -63,7 +67,7 @@ def test_a_row_passes_the_lower_layers_once(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_memory_that_is_full_costs_time_only(kind: str) -> None:
-    plain, watched = Watched(kind, budget=0), Watched(kind, budget=1000)
+    plain, watched = Watched(kind, budget=0), Watched(kind, budget=1000, tokens=2)
     for _ in range(2):
         torch.testing.assert_close(watched.logits(), plain.logits(), rtol=1e-5, atol=1e-6)
     assert 3 < watched.rows <= 6
@@ -75,6 +79,31 @@ def test_where_the_lowest_layer_is_adapted_there_is_nothing_to_keep() -> None:
     watched.logits()
     watched.logits()
     assert watched.rows == 6
+
+
+def test_without_room_for_all_rows_nothing_is_kept() -> None:
+    assert Watched("classifier", budget=1000, tokens=200).adapted.prefix is None
+
+
+@pytest.mark.parametrize(("saved", "kept"), [("word_embeddings", False), ("LayerNorm", False), ("pooler", True)])
+def test_layers_below_that_are_trained_run_every_time(saved: str, kept: bool) -> None:
+    assert (Watched("classifier", saved=("classifier", saved)).adapted.prefix is not None) == kept
+
+
+def test_a_pass_that_was_stopped_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stopped(*_: Any) -> None:
+        raise Stop
+
+    watched, plain = Watched("classifier"), Watched("classifier", budget=0)
+    handle = watched.adapted.base.model.bert.encoder.layer[1].register_forward_pre_hook(stopped)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            watched.logits()
+    handle.remove()
+    torch.testing.assert_close(watched.logits(), plain.logits(), rtol=1e-5, atol=1e-6)
 
 
 def test_with_dropout_in_training_the_layers_run() -> None:
