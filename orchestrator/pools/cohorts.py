@@ -39,9 +39,7 @@ class Division:
         cohorts: list[Cohort] = []
         for group in groups.values():
             group.sort(key=self._steps)
-            size = sum(
-                len(task.adapter) for task in group
-            )  # an answer is about as large, and those of a call travel as one
+            size = sum(len(task.adapter) for task in group)  # answers of a call travel as one, about as large
             count = max(math.ceil(len(group) / self.size), math.ceil(size / CALL_BYTES), self._least)
             count = min(count, len(group))
             ends = [len(group) * part // count for part in range(count + 1)]
