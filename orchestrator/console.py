@@ -104,6 +104,15 @@ class Screen:
     def _on_store_up(self, fields: Mapping[str, Any]) -> None:
         self._say(f"{escape(fields['url'])} answers again")
 
+    def _on_privacy_planned(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"client-level privacy: {escape(fields['text'])}")
+
+    def _on_budget_spent(self, fields: Mapping[str, Any]) -> None:
+        self._say(
+            f"[yellow]the privacy budget is spent:[/] epsilon {fields['epsilon']:.3f} after round {fields['round']};"
+            f" another round would exceed {fields['budget']:g}"
+        )
+
     def _on_run_silent(self, fields: Mapping[str, Any]) -> None:
         self._say("[yellow]nobody plays this run now;[/] waiting until somebody resumes it (Ctrl-C stops the waiting)")
 
@@ -166,6 +175,7 @@ class Screen:
         if fields["clients"]:
             spread = fields["clients"]["accuracy"]
             line += f"  clients {spread['worst']:.2f} / {spread['median']:.2f} / {spread['best']:.2f}"
+        line += f"  epsilon {fields['strategy']['epsilon']:.3f}" if "epsilon" in fields["strategy"] else ""
         lost = len(fields["refused"]) + len(fields["failed"]) + len(fields["late"])
         line += f"  [yellow]not used:[/] {escape(fields['problem'])}" if fields.get("problem") else ""
         line += f"  {len(fields['admitted'])} of {len(fields['selected'])} updates" if lost else ""
@@ -220,6 +230,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         ("loss before, after", f"{_loss(summary.get('initial'))}, {_loss(summary.get('final'))}"),
         *_stream_lines(summary.get("stream")),
         *_shard_lines(summary.get("shards")),
+        *_privacy_lines(summary.get("privacy")),
         ("rounds", summary.get("rounds")),
         (
             "bytes up, down",
@@ -251,6 +262,15 @@ def _shard_lines(shards: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """How good the model of every shard is by itself."""
     told = [f"{len(one['clients'])} clients {_share(one['final'])}" for one in (shards or {}).values()]
     return [("shards", ", ".join(told))] if told else []
+
+
+def _privacy_lines(privacy: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What was spent, and whether that ended the run."""
+    if not privacy:
+        return []
+    ended = f", which the budget of {privacy['budget']:g} ended" if privacy["ended_by_budget"] else ""
+    text = f"epsilon {privacy['epsilon']:.3f} at delta {privacy['delta']:g} for a client, {privacy['rounds']} rounds"
+    return [("privacy", text + ended)]
 
 
 def _scores(scores: Mapping[str, float]) -> str:

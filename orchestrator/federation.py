@@ -21,7 +21,8 @@ from fedlora.protocol import ClientInfo, ClientPool, Reply, TrainTask
 from fedlora.seeds import derive_seed
 from orchestrator.fleet import Fleet
 from orchestrator.flights import Flight
-from orchestrator.selection import Selector
+from orchestrator.privacy import Spending
+from orchestrator.selection import Selector, how_many
 from orchestrator.state import RunState
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Federation:
         keep: called with what every round's aggregation was given, before the round is committed; None without a log.
         forgetting: rounds in which owners of rows forget them, and nobody learns.
         packing: how the values of updates travel.
+        spending: what differential privacy costs; None without.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -94,6 +96,7 @@ class Federation:
     keep: Callable[[RoundContext, RunState, Sequence[Used]], None] | None = None
     forgetting: Sequence[ForgettingConfig] = ()
     packing: Packing = PLAIN
+    spending: Spending | None = None
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
@@ -188,7 +191,9 @@ class Federation:
         """Round ``number`` from this state, with pairs that could never learn again revived."""
         seed = derive_seed(self.seed, number, "", "strategy")
         adapter = revive(state.adapter, self.fresh_pair(state.freezes, state.round))
-        return RoundContext(number, self.rank, seed, adapter, self.members)
+        planned = how_many(self.per_round, len(self.members))
+        sampling = self.spending.sampling if self.spending else 1.0
+        return RoundContext(number, self.rank, seed, adapter, self.members, planned, sampling)
 
     def give(self, tasks: Iterable[TrainTask], timeout_s: float | None) -> Iterator[Reply]:
         """Give out those tasks that are not out already, and yield answers as they come."""

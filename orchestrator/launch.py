@@ -139,8 +139,10 @@ def _finished_summary(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     if summary.get("status") != "finished":
         return None
     state, problems = load_latest(folder)
-    whole = state is not None and state.round >= rounds_of(config, state) and state.config_sha256 == config.sha256()
-    return summary if whole and not problems else None
+    if state is None or problems or state.config_sha256 != config.sha256():
+        return None
+    fits = (summary.get("privacy") or {}).get("fits", config.rounds)  # a budget may have ended it early
+    return summary if state.round >= min(rounds_of(config, state), fits) else None
 
 
 def _play(

@@ -25,6 +25,7 @@ from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
 from orchestrator.forgetting import check_forgetting
 from orchestrator.pools.cohorts import cohort_size
+from orchestrator.privacy import spending, told
 from orchestrator.progress import Progress
 from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
@@ -52,6 +53,9 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     check_head(strategy, base.dense)
     if config.forgetting:
         check_forgetting(strategy, config, [member.id for member in members])
+    private = spending(strategy, config, len(members))
+    if private:
+        emit("privacy_planned", told(private))
     check_rank(base.sites, rank)
     merging = build_merging(config.continual.merge) if config.continual else None
     if merging:
@@ -71,7 +75,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         members=members,
         fresh=fresh,
         seed=config.seed,
-        rounds=course.total if course else config.rounds,
+        rounds=course.total if course else private.fits if private else config.rounds,
         rank=rank,
         per_round=config.clients.per_round,
         weighting=config.weighting,
@@ -97,6 +101,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         init=config.lora.init,
         probe=base.task if config.evaluation.probe else "",
         forgetting=config.forgetting,
+        spending=private,
     )
     if fed.fleet:
         emit("fleet", fed.fleet.describe())

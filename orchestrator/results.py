@@ -52,6 +52,9 @@ def finish(
         export_tasks(state, fed.course, config, base.task, folder / "adapter")
     reach("finish.exported", state.round)
     stats = fed.pool.stats()
+    private = fed.spending.spent(state.strategy) if fed.spending else None
+    if private and private["ended_by_budget"]:
+        fed.emit("budget_spent", {"round": state.round, **private})
     summary = {
         "status": "finished",
         "name": config.name,
@@ -65,6 +68,7 @@ def finish(
         "best": state.best,
         "stream": describe_stream(state.stream, fed.course) if state.stream and fed.course else None,
         "shards": (state.row or {}).get("shards"),
+        "privacy": private,
         "bytes_up": state.totals.bytes_up,
         "bytes_down": state.totals.bytes_down,
         "wall_s": round(time.perf_counter() - began, 3),

@@ -135,7 +135,7 @@ def _aggregate(
         needed = 0  # of its own, see ``_check_forgotten``
     if len(used) < needed:
         return unchanged, f"{len(used)} updates came, and schedule.quorum asks for {needed}"
-    if not used:
+    if not used and not fed.strategy.traits.private:
         return unchanged, None
     try:
         aggregate = combine(fed.strategy, Cohort([u.update for u in used]), ctx, state.strategy)

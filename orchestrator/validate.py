@@ -25,6 +25,7 @@ from fedlora.training.model import check_length, device_of, dtype_of, find_saved
 from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
 from orchestrator.opening import check_named
+from orchestrator.privacy import spending
 from orchestrator.selection import build_selector
 from orchestrator.shards import shard_configs
 from orchestrator.soundness import check_head, check_shards, check_strategy
@@ -65,6 +66,8 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         if strategy is not None:
             check_strategy(strategy, config, list(corpus.shards), merges=_merges(config))
             check_shards(strategy, config)
+            if private := spending(strategy, config, len(corpus.shards)):
+                facts["privacy"] = private.planned_words()
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())

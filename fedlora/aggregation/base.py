@@ -44,6 +44,8 @@ class Traits:
         outermost: chooses a factor after the rule has spoken, so that nothing may move the adapter around it.
         head_only: trains no low-rank pair, only what is trained in full.
         writes_head: makes the head itself, so no layer over it may move or keep it.
+        private: puts noise on what clients send before anything else sees it, so nothing may stand around it; a round
+            that nobody answered is aggregated too, or the noise would tell.
     """
 
     exact: bool = False
@@ -62,6 +64,7 @@ class Traits:
     outermost: bool = False
     head_only: bool = False
     writes_head: bool = False
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class RoundContext:
         seed: for strategies that draw random numbers; already specific to the round.
         adapter: the global adapter at the start of the round, which what clients received was made from.
         members: every registered client, in a fixed order.
+        planned: clients that every round of the run is planned for, however many answer.
+        sampling: chance with which each client is drawn, on its own; 1 where draws are not like that.
     """
 
     round: int
@@ -81,6 +86,8 @@ class RoundContext:
     seed: int
     adapter: AdapterState = field(default_factory=AdapterState)
     members: Sequence[ClientInfo] = ()
+    planned: int = 1
+    sampling: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +154,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def aggregate(self, updates: Sequence[Contribution], ctx: RoundContext, state: State) -> Aggregate:
-        """Combine at least one update, given in client order. Must not change its arguments."""
+        """Combine at least one update, given in client order; none only where ``traits.private``.
+
+        Must not change its arguments.
+        """
 
     def redistribute(self, adapter: AdapterState, client: ClientInfo, ctx: RoundContext, state: State) -> AdapterState:
         """The adapter as ``client`` receives it. Default: the best approximation at its rank."""

@@ -40,7 +40,7 @@ def combine(strategy: Strategy, updates: Sequence[Contribution], ctx: RoundConte
     """
     pending = Cohort.of(updates).pending
     total = sum(update.weight for update in pending)
-    if not total > 0:
+    if not total > 0 and (pending or not strategy.traits.private):
         raise RoundError(f"round {ctx.round}: no update carries any weight ({len(pending)} admitted)")
     ordered = sorted((p for p in pending if p.weight > 0), key=lambda p: p.client.id)
     outcome = strategy.aggregate(Cohort([replace(p, weight=p.weight / total) for p in ordered]), ctx, state)

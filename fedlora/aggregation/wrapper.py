@@ -27,6 +27,11 @@ class Wrapper(Strategy):
                 f"strategy: {inner.name} chooses a factor after all others have spoken, and {self.name} stands around"
                 f" it; put {inner.name} first"
             )
+        if inner.traits.private:
+            raise ConfigError(
+                f"strategy: {inner.name} puts noise on what clients send before anything else sees it, and {self.name}"
+                f" stands around it; put {inner.name} first"
+            )
         self.inner = inner
         self.traits = inner.traits
         self.traffic = inner.traffic

@@ -85,7 +85,8 @@ def test_nan_never_reaches_the_global_adapter_and_the_attackers_are_named(
 ) -> None:
     protects = compose(STACKS[name]).traits.protects
     attacked: Attacked = request.getfixturevalue("attacked_stream" if protects else "attacked")
-    config = attacked.config.model_copy(update={"strategy": STACKS[name], "rounds": 2})
+    weighting = "uniform" if compose(STACKS[name]).traits.private else "examples"
+    config = attacked.config.model_copy(update={"strategy": STACKS[name], "rounds": 2, "weighting": weighting})
     events: list[tuple[str, Mapping[str, Any]]] = []
     fed, base = open_federation(config, attacked.pool, lambda event, fields: events.append((event, fields)))
     state = first_state(config, fed, base)
