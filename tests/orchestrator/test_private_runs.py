@@ -71,6 +71,7 @@ def test_the_budget_ends_a_run_as_finished_and_it_says_so_everywhere(undisturbed
         "delta": DELTA,
         "unit": "client",
         "rounds": 4,
+        "planned": 2,
         "clip": 0.5,
         "noise_multiplier": 1.0,
         "sampling": 2 / 6,
@@ -133,8 +134,8 @@ def test_validate_says_what_the_rounds_cost_and_how_many_fit(toy: Callable[..., 
     facts, problems = validate(toy(strategy=dp(budget=for_rounds(4)), rounds=9, **SMALL))
     assert not problems
     assert facts["privacy"] == (
-        f"epsilon {COST.epsilon(9):.3f} at delta 0.001 after 9 rounds, clients each drawn with chance 0.333; the budget"
-        f" of {for_rounds(4):g} ends the run after 4, at {COST.epsilon(4):.3f}"
+        f"epsilon {COST.epsilon(9):.3f} at delta 0.001 after 9 rounds of 2 of 6 clients, drawn with chance 0.333; the"
+        f" budget of {for_rounds(4):g} ends the run after 4, at {COST.epsilon(4):.3f}"
     )
 
 
@@ -146,7 +147,7 @@ def test_without_poisson_draws_by_a_real_clock_every_client_counts_as_asked(
     facts, problems = validate(config)
     assert not problems
     assert facts["privacy"].startswith(f"epsilon {Accountant(1.0, 1.0, DELTA).epsilon(3):.3f} at delta 0.001")
-    assert "counted as asked in every round; only clients.selection: poisson" in facts["privacy"]
+    assert "all counted as asked; only clients.selection: poisson" in facts["privacy"]
 
 
 @pytest.mark.parametrize(
