@@ -131,7 +131,6 @@ def _check(strategy: DP, config: RunConfig, selector: Selector, registered: int)
             config.continual is not None
         ),
         "forgetting asks named clients, and no draw hides them; leave it out": bool(config.forgetting),
-        "federation.shards are not counted; set it to 1": config.federation.shards > 1,
         "contributions keeps what clients sent, and no action may make a model of it without noise; leave it out": (
             config.contributions is not None
         ),

@@ -150,6 +150,11 @@ def test_without_poisson_draws_by_a_real_clock_every_client_counts_as_asked(
     assert "all counted as asked; only clients.selection: poisson" in facts["privacy"]
 
 
+def test_shards_are_refused_before_one_is_played(toy: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="federation.shards: what .* spends is counted for one run of everybody"):
+        launch.run(toy(strategy=dp(), federation={"shards": 2}, **SMALL), quiet)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -160,7 +165,6 @@ def test_without_poisson_draws_by_a_real_clock_every_client_counts_as_asked(
         ({"schedule": {"over_selection": 1.5}}, "schedule.over_selection lets a fast client push another one out"),
         ({"schedule": {"quorum": 0.5}}, "schedule.quorum would tell how many answered; set it to 0"),
         ({"schedule": {"late": "keep", "deadline_s": 5}}, "use synchronous rounds with late: drop"),
-        ({"federation": {"shards": 2}}, "federation.shards are not counted; set it to 1"),
         ({"contributions": {}}, "contributions keeps what clients sent"),
         ({"wire": {"up": "int8", "error_feedback": True}}, "wire.error_feedback has clients send what was clipped"),
         ({"continual": {"split": 2, "rounds": 1}, "rounds": 2}, "the rounds of a stream are not counted"),
