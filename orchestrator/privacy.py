@@ -22,6 +22,7 @@ class Spending:
         clip: bound on the change of one client.
         accountant: of one round of the run.
         planned: clients a round is planned for.
+        registered: clients of the federation.
         budget: epsilon that may be spent; None for no limit.
         asked: rounds of the configuration.
         fits: those of them that the budget allows.
@@ -30,6 +31,7 @@ class Spending:
     clip: float
     accountant: Accountant
     planned: int
+    registered: int
     budget: float | None
     asked: int
     fits: int
@@ -47,6 +49,7 @@ class Spending:
             "delta": by.delta,
             "unit": "client",
             "rounds": rounds,
+            "planned": self.planned,
             "clip": self.clip,
             "noise_multiplier": by.noise_multiplier,
             "sampling": by.sampling,
@@ -58,11 +61,14 @@ class Spending:
     def planned_words(self) -> str:
         """What the rounds of the configuration cost, and how many of them are played."""
         by = self.accountant
-        drawn = f"each drawn with chance {by.sampling:.3g}" if by.sampling < 1 else "counted as asked in every round"
-        text = f"epsilon {by.epsilon(self.asked):.3f} at delta {by.delta:g} after {self.asked} rounds, clients {drawn}"
+        drawn = f"drawn with chance {by.sampling:.3g}" if by.sampling < 1 else "all counted as asked"
+        text = (
+            f"epsilon {by.epsilon(self.asked):.3f} at delta {by.delta:g} after {self.asked} rounds of {self.planned} of"
+            f" {self.registered} clients, {drawn}"
+        )
         if self.fits < self.asked:
             text += f"; the budget of {self.budget:g} ends the run after {self.fits}, at {by.epsilon(self.fits):.3f}"
-        if by.sampling == 1:
+        if by.sampling == 1 and self.planned < self.registered:
             text += "; only clients.selection: poisson without a fleet gains from who was drawn being unknown"
         return text
 
@@ -92,7 +98,7 @@ def spending(strategy: Strategy, config: RunConfig, registered: int) -> Spending
                 f"strategy: one round costs an epsilon of {accountant.epsilon(1):.3f}, and dp.budget is {budget:g};"
                 " raise noise_multiplier or the budget, or ask fewer clients a round by clients.selection: poisson"
             )
-    return Spending(strategy.clip, accountant, planned, budget, config.rounds, fits)
+    return Spending(strategy.clip, accountant, planned, registered, budget, config.rounds, fits)
 
 
 def told(plan: Spending) -> Mapping[str, Any]:
@@ -125,7 +131,6 @@ def _check(strategy: DP, config: RunConfig, selector: Selector, registered: int)
             config.continual is not None
         ),
         "forgetting asks named clients, and no draw hides them; leave it out": bool(config.forgetting),
-        "federation.shards are not counted; set it to 1": config.federation.shards > 1,
         "contributions keeps what clients sent, and no action may make a model of it without noise; leave it out": (
             config.contributions is not None
         ),

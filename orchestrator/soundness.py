@@ -103,6 +103,11 @@ def check_shards(strategy: Strategy, config: RunConfig) -> None:
             f"federation.shards: {name} keeps parts on the clients, so that shards have no whole models to combine; use"
             " a strategy without personal parts"
         )
+    if strategy.traits.private:
+        raise ConfigError(
+            f"federation.shards: what {name} spends is counted for one run of everybody, and every shard is one of"
+            " its own; set shards to 1"
+        )
     if strategy.required:
         raise ConfigError(
             f"federation.shards: {name} needs {', '.join(strategy.required)} in every round, and a client is in one"

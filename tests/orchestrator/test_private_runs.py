@@ -71,6 +71,7 @@ def test_the_budget_ends_a_run_as_finished_and_it_says_so_everywhere(undisturbed
         "delta": DELTA,
         "unit": "client",
         "rounds": 4,
+        "planned": 2,
         "clip": 0.5,
         "noise_multiplier": 1.0,
         "sampling": 2 / 6,
@@ -133,8 +134,8 @@ def test_validate_says_what_the_rounds_cost_and_how_many_fit(toy: Callable[..., 
     facts, problems = validate(toy(strategy=dp(budget=for_rounds(4)), rounds=9, **SMALL))
     assert not problems
     assert facts["privacy"] == (
-        f"epsilon {COST.epsilon(9):.3f} at delta 0.001 after 9 rounds, clients each drawn with chance 0.333; the budget"
-        f" of {for_rounds(4):g} ends the run after 4, at {COST.epsilon(4):.3f}"
+        f"epsilon {COST.epsilon(9):.3f} at delta 0.001 after 9 rounds of 2 of 6 clients, drawn with chance 0.333; the"
+        f" budget of {for_rounds(4):g} ends the run after 4, at {COST.epsilon(4):.3f}"
     )
 
 
@@ -146,7 +147,12 @@ def test_without_poisson_draws_by_a_real_clock_every_client_counts_as_asked(
     facts, problems = validate(config)
     assert not problems
     assert facts["privacy"].startswith(f"epsilon {Accountant(1.0, 1.0, DELTA).epsilon(3):.3f} at delta 0.001")
-    assert "counted as asked in every round; only clients.selection: poisson" in facts["privacy"]
+    assert "all counted as asked; only clients.selection: poisson" in facts["privacy"]
+
+
+def test_shards_are_refused_before_one_is_played(toy: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="federation.shards: what .* spends is counted for one run of everybody"):
+        launch.run(toy(strategy=dp(), federation={"shards": 2}, **SMALL), quiet)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,6 @@ def test_without_poisson_draws_by_a_real_clock_every_client_counts_as_asked(
         ({"schedule": {"over_selection": 1.5}}, "schedule.over_selection lets a fast client push another one out"),
         ({"schedule": {"quorum": 0.5}}, "schedule.quorum would tell how many answered; set it to 0"),
         ({"schedule": {"late": "keep", "deadline_s": 5}}, "use synchronous rounds with late: drop"),
-        ({"federation": {"shards": 2}}, "federation.shards are not counted; set it to 1"),
         ({"contributions": {}}, "contributions keeps what clients sent"),
         ({"wire": {"up": "int8", "error_feedback": True}}, "wire.error_feedback has clients send what was clipped"),
         ({"continual": {"split": 2, "rounds": 1}, "rounds": 2}, "the rounds of a stream are not counted"),

@@ -25,6 +25,7 @@ RULES: dict[str, Any] = {
     "fedex_het with momentum": [{"server_momentum": {"beta": 0.9}}, "fedex_het"],
     "scaffold": ["scaffold", "fedit"],
     "zero_pad": "zero_pad",
+    "dp": [{"dp": {"noise_multiplier": 0.5}}, "zero_pad"],
 }
 STREAM = {"continual": {"split": 2, "rounds": 2}}
 
@@ -54,6 +55,7 @@ def asked(folder: Path) -> list[list[str]]:
         ("fedex_het with momentum", STREAM),
         pytest.param("scaffold", {}, marks=pytest.mark.slow),
         pytest.param("scaffold", STREAM, marks=pytest.mark.slow),
+        pytest.param("dp", {"weighting": "uniform"}, marks=pytest.mark.slow),
         pytest.param("zero_pad", {"wire": {"up": "int8", "error_feedback": True}}, marks=pytest.mark.slow),
     ],
 )
