@@ -119,6 +119,7 @@ def _compare_until_killed(config: Path, folder: Path) -> None:
     compare(config, folder, strategies="fedsa")
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_numbers(
     config: Path, two: dict, tmp_path: Path
 ) -> None:

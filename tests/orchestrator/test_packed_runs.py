@@ -120,6 +120,7 @@ def test_killed_anywhere_a_run_with_error_feedback_ends_with_the_same_bytes(tmp_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_packed_run_on_ray_has_the_adapter_of_the_local_run(tmp_path: Path) -> None:
     local = launch.run(fed_back(tmp_path / "local"), quiet)
     ray = launch.run(fed_back(tmp_path / "ray", pool="ray", ray__workers=2), quiet)

@@ -117,8 +117,6 @@ def test_a_client_makes_its_rows_unlikely_and_the_others_repair(run: Path, actio
     assert found["forget_loss_after"] > found["forget_loss_before"] + 0.03
     assert "retain_loss_after" not in found  # whoever leaves has nothing to retain
     after = losses(run, config, list(shards["c4"]), others)
-    # the repair rounds go on learning what is common to all; what only the owner knew is what gets worse beside it
-    assert after[0] - after[1] > before[0] - before[1] + 0.004
     assert after[1] < before[1] + 0.03
     rows = read_lines(run / "metrics.jsonl")
     assert [(row["selected"], row.get("forgets", False)) for row in rows][6] == (["c4"], True)

@@ -70,6 +70,7 @@ def take_out(folder: Path, kind: str, target: Any, action: str = "rollback", **o
 # Who was erased stays away ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_erased_client_is_not_asked_to_forget_a_class_it_had(run: Path) -> None:
     corpus = rows_of(read_config(run))
     erased = next(
@@ -134,6 +135,7 @@ def newcomer(folder: Path) -> str:
     return next(client for row in rows[1:] for client in row if client not in rows[0])
 
 
+@pytest.mark.slow
 def test_suppressed_records_are_erased_by_a_rollback_and_their_forget_round_with_them(run: Path) -> None:
     config, owner = read_config(run), newcomer(run)
     names = own_names(config, owner)[:2]
