@@ -26,7 +26,7 @@ from fedlora.training.methods import (
     fitted,
     name_parameters,
 )
-from fedlora.training.model import AdaptedModel
+from fedlora.training.model import AdaptedModel, adapter_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +124,6 @@ class Lesson:
         delta = make_delta(self.start, state, plan.send)
         private = self.private.updated(personal(state, plan.keep), answer.kept)
         return Learned(delta, answer.extras, private, self.rows, metrics)
-
-
-def adapter_name(rank: int) -> str:
-    """The name of the adapter of a rank, see ``AdaptedModel.at_rank``."""
-    return f"r{rank}"
 
 
 def personal(state: AdapterState, keep: frozenset[str]) -> dict[str, Tensor]:

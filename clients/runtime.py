@@ -24,7 +24,7 @@ import fedlora.continual.prototypes
 import fedlora.continual.subspace  # noqa: F401 - these register their local methods
 from clients.attacks import Assault, mount
 from clients.forget import rows_to_forget
-from clients.lesson import Learned, Lesson, adapter_name, with_personal
+from clients.lesson import Learned, Lesson, with_personal
 from clients.live import open_live
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
@@ -54,7 +54,7 @@ from fedlora.training.evaluate import HARD_POOL, evaluate, hardest
 from fedlora.training.features import features, nearest
 from fedlora.training.loop import LocalResult, train
 from fedlora.training.methods import Answer, Local, MethodStack, fitted, name_parameters, start_from
-from fedlora.training.model import AdaptedModel, Base, check_length, load_base
+from fedlora.training.model import AdaptedModel, Base, adapter_name, check_length, load_base
 from fedlora.training.stacked import why_not
 from fedlora.unlearning.forgetting import ForgetWork, unlearn
 from fedlora.unlearning.recipe import recipe_of

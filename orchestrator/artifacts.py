@@ -19,7 +19,7 @@ from fedlora.errors import ConfigError, DataError, FedLoRAError, RunFolderError,
 from fedlora.protocol import EvalResult
 from fedlora.training.batches import collate
 from fedlora.training.evaluate import evaluate
-from fedlora.training.model import AdaptedModel, Base, load_base, quiet_transformers
+from fedlora.training.model import AdaptedModel, Base, adapter_name, load_base, quiet_transformers
 from fedlora.training.objective import targets_and_logits
 from orchestrator.checkpoint import load_latest
 from orchestrator.exports import note_export
@@ -67,7 +67,7 @@ def with_adapter(run: Run, base: Base) -> Any:
     adapter = whole_adapter(run.state)
     adapter = adapter.map(lambda update: pad(update, adapter.rank))
     model = AdaptedModel(base, adapter_spec(run.config)).at_rank(adapter.rank)
-    insert(model, f"r{adapter.rank}", adapter)
+    insert(model, adapter_name(adapter.rank), adapter)
     return model
 
 

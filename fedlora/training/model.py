@@ -149,7 +149,7 @@ class AdaptedModel:
 
     def at_rank(self, rank: int) -> Any:
         """The PeftModel with the adapter ``r<rank>`` active; nothing is trainable yet."""
-        name = f"r{rank}"
+        name = adapter_name(rank)
         config = LoraConfig(
             r=rank,
             lora_alpha=self.spec.scaling * rank,  # PEFT divides by the rank
@@ -169,6 +169,11 @@ class AdaptedModel:
         self._peft.to(self.base.device)
         self._peft.requires_grad_(False)
         return self._peft
+
+
+def adapter_name(rank: int) -> str:
+    """The name of the adapter of a rank, see ``AdaptedModel.at_rank``."""
+    return f"r{rank}"
 
 
 def load_base(spec: BaseSpec) -> Base:

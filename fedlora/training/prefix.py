@@ -39,7 +39,7 @@ class FrozenPrefix:
 
     def __init__(self, backbone: nn.Module, layers: Iterable[nn.Module], budget: float, still: bool, writes: bool):
         *lower, self._first = layers
-        self._backbone, self._lower, self._still, self._writes = backbone, lower, still, writes
+        self._backbone, self._still, self._writes = backbone, still, writes
         self._budget, self._known = budget, dict[bytes, Tensor]()
         self._names = list(inspect.signature(backbone.forward).parameters)
         self._hidden: Tensor | None = None
@@ -164,9 +164,8 @@ def put_prefix(
             after = model(**asked).logits
         if writes:  # what stands after the end of a row says nothing
             before, after = before[mask.bool()], after[mask.bool()]
-        alike = prefix.rows == len(ids) and float((before - after).abs().max()) <= _TOLERANCE * float(
-            before.abs().max().clamp(min=1e-6)
-        )
+        apart, largest = float((before - after).abs().max()), float(before.abs().max().clamp(min=1e-6))
+        alike = prefix.rows == len(ids) and apart <= _TOLERANCE * largest
     except Exception:  # noqa: BLE001 - an architecture that is built otherwise is simply run as it is
         alike = False
     finally:

@@ -16,7 +16,7 @@ from fedlora.config import TrainingConfig
 from fedlora.errors import VerificationError
 from fedlora.seeds import derive_seed
 from fedlora.training.methods import name_parameters
-from fedlora.training.model import AdaptedModel, Base
+from fedlora.training.model import AdaptedModel, Base, adapter_name
 from fedlora.unlearning.measures import Measured, Scoring, Sets, measure, score_rows
 from fedlora.unlearning.relearning import Lesson, Relearned, relearn
 from orchestrator.artifacts import load, open_run
@@ -69,7 +69,7 @@ def serve(folder: Path) -> Served:
     base = load(run)
     adapted = AdaptedModel(base, adapter_spec(run.config))
     state = run.state.adapter.map(lambda update: pad(update, run.state.adapter.rank))
-    model, name = adapted.at_rank(state.rank), f"r{state.rank}"
+    model, name = adapted.at_rank(state.rank), adapter_name(state.rank)
     adapted.patch_base(run.state.ledger.patches(), state.frozen)
     insert(model, name, state)
     parameters = name_parameters(model, name, frozenset({"A", "B", "C", "dense"}))
