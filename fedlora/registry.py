@@ -17,6 +17,8 @@ class Registry(Generic[T]):
     """Maps a name to a factory. An unknown name is answered with the nearest known one."""
 
     every: ClassVar[list["Registry[Any]"]] = []
+    # by kind and prefix: from a name such as ``flwr.FedYogi`` to its factory, for names that nobody has to list
+    families: ClassVar[dict[tuple[str, str], Callable[[str], Callable[..., Any]]]] = {}
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -54,23 +56,23 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: for an unknown name, or options the factory does not take.
         """
-        if name not in self._factories:
+        if name not in self:
             known = ", ".join(sorted(self._factories))
             raise ConfigError(f"{self.kind}: {name} is not known{nearest(name, self._factories)} (known: {known})")
-        what = f"{self.kind}: {name}"
+        what, factory = f"{self.kind}: {name}", self[name]
         try:
-            made = self._factories[name](**options)
+            made = factory(**options)
         except TypeError as error:
-            _check_types(what, self._factories[name], options)
-            if missing := sorted(getattr(self._factories[name], "__abstractmethods__", ())):
+            _check_types(what, factory, options)
+            if missing := sorted(getattr(factory, "__abstractmethods__", ())):
                 raise ConfigError(f"{self.kind}: {name} lacks the method {', '.join(missing)}") from error
             raise ConfigError(f"{what} does not take these options: {error}") from error
-        _check_types(what, self._factories[name], options)  # a factory's own words about them come first
+        _check_types(what, factory, options)  # a factory's own words about them come first
         return made
 
     def origin(self, name: str) -> str:
-        """The module that registered ``name``."""
-        return self._origins[name]
+        """The module that registered ``name``; of a family, what stands before the dot."""
+        return self._origins.get(name, name.partition(".")[0])
 
     def of(self, module: str) -> list[str]:
         """Names that a module registered."""
@@ -82,13 +84,18 @@ class Registry(Generic[T]):
             del self._factories[name], self._origins[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._factories
+        return name in self._factories or self._family(name) is not None
 
     def __getitem__(self, name: str) -> Callable[..., T]:
-        return self._factories[name]
+        family = self._family(name)
+        return family(name) if family and name not in self._factories else self._factories[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._factories))
+
+    def _family(self, name: object) -> Callable[[str], Callable[..., T]] | None:
+        kinds = ((prefix, of) for (kind, prefix), of in Registry.families.items() if kind == self.kind)
+        return next((of for prefix, of in kinds if str(name).startswith(prefix)), None)
 
 
 def _check_types(what: str, factory: Callable[..., object], options: Mapping[str, object]) -> None:

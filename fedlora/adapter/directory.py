@@ -52,13 +52,7 @@ def save_directory(
         "rank_pattern": patterns,
         "modules_to_save": heads or None,
     }
-    tensors: dict[str, Tensor] = {}
-    for path, update in state.modules.items():
-        scaling = scale(lora_alpha, update.rank, use_rslora)
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = (update.B / scaling).contiguous()
-    for name, tensor in state.dense.items():
-        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
+    tensors = to_peft_names(state, lora_alpha, use_rslora)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -74,7 +68,7 @@ def load_directory(directory: Path) -> AdapterState:
     try:
         settings: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
-        return _from_peft_names(tensors, settings["lora_alpha"], settings["use_rslora"])
+        return from_peft_names(tensors, settings["lora_alpha"], settings["use_rslora"])
     except Exception as error:  # safetensors raises its own type for a bad file
         raise AdapterError(f"{directory}: not a readable PEFT adapter: {error}") from error
 
@@ -84,7 +78,24 @@ def scale(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / (rank**0.5 if use_rslora else rank)
 
 
-def _from_peft_names(tensors: Mapping[str, Tensor], lora_alpha: float, use_rslora: bool) -> AdapterState:
+def to_peft_names(state: AdapterState, lora_alpha: float, use_rslora: bool) -> dict[str, Tensor]:
+    """What PEFT's ``get_peft_model_state_dict`` gives for an adapter of this state; cores have to be folded in."""
+    tensors: dict[str, Tensor] = {}
+    for path, update in state.modules.items():
+        scaling = scale(lora_alpha, update.rank, use_rslora)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = (update.B / scaling).contiguous()
+    for name, tensor in state.dense.items():
+        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
+    return tensors
+
+
+def from_peft_names(tensors: Mapping[str, Tensor], lora_alpha: float, use_rslora: bool) -> AdapterState:
+    """The state, in effective units, that PEFT's ``get_peft_model_state_dict`` shows.
+
+    Raises:
+        KeyError: if a module has one factor only.
+    """
     modules, dense = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)

@@ -1,0 +1,1 @@
+"""Flower: its strategies as ours, and ours as its."""
