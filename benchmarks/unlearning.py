@@ -2,8 +2,9 @@
 
     HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/unlearning.py --data ../shared/data
 
-A scenario is a finished run and what is to be taken out of it: the client that alone has one domain of CLINC150, or the
-rows, one in twenty, that came with a wrong label (rows that are right leave no trace that the gate could see). Every
+A scenario is a finished run and what is to be taken out of it: the client that alone has one domain of CLINC150, or, in
+a federation of few rows, the one in twenty that came with a wrong label and was learned by heart (rows that are right
+leave no trace that the gate could see). Every
 action is carried out on a copy of the run, without the gate of the command; what it leaves is measured beside two
 controls that never saw the target, and then the gate is asked. Every finished scenario is some lines of the results
 file, and the command goes on where it was stopped.
@@ -56,7 +57,7 @@ from orchestrator.unlearning.samples import choose_rows, encoded
 
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "unlearning.md"
-SEEDS, REPAIR, DOMAIN, JOINS = (0, 1, 2), 2, "banking", 6
+SEEDS, REPAIR, DOMAIN, JOINS, FEW = (0, 1, 2), 2, "banking", 6, 0.15
 FORGET = {"steps": 24, "learning_rate": 0.002, "max_norm": 2.0}
 ACTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "nothing": ("", {}),
@@ -101,6 +102,7 @@ def open_scenario(name: str, seed: int, data: Path, place: Path) -> tuple[RunCon
     rows = rows_in(data / "clinc150" / "train.jsonl.gz")
     draw = random.Random(seed)
     if name == "records":
+        rows = [row for row in rows if random.Random(row["text"]).random() < FEW]
         chosen = set(draw.sample(sorted({row["text"] for row in rows}), len(rows) // 20))
         labels = sorted({row["label"] for row in rows})
         for row in rows:
@@ -225,7 +227,11 @@ def play(name: str, seed: int, data: Path, done: frozenset[str]) -> Iterator[dic
     torch.set_num_threads(1)
     told = {"scenario": name, "seed": seed}
     with tempfile.TemporaryDirectory() as place, upper_layers_only():
-        scene = Scene(name, seed, data, Path(place))
+        try:
+            scene = Scene(name, seed, data, Path(place))
+        except FedLoRAError as error:  # the gate has no power here
+            yield {"key": key_of(name, seed, "nothing"), **told, "action": "nothing", "error": str(error)}
+            return
         models = {"control": scene.control, "second control": scene.second}
         for model, measured in models.items():
             yield {"key": key_of(name, seed, model), **told, "action": model, **scene.line(measured, WHOLE)}

@@ -2,11 +2,12 @@
 
     HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/vs_flower.py minilm --data ../shared/data --pairs 5 --write
 
-Equal in all arms: base, rows of each client, rank, adapted layers, steps, batch size, optimizer, rounds, clients per
-round, and one look at the server's test rows at the end. ``template`` is a Flower ClientApp that builds its model and
-loads its rows for every message, as Flower's templates for Hugging Face models do; ``tuned`` keeps both in its actor;
-``peft`` is one process that trains one client after another. Every run is a process of its own, the arms in turn.
-Flower needs its extra: ``pip install 'fedlora[flower]'``. ``--json`` prints the ratios.
+Equal in all arms: base, first adapter and head, the rows of every step, rank, adapted layers, optimizer, rounds,
+clients per round, and one look at the server's test rows at the end, so that scores agree.
+``template`` is a Flower ClientApp that builds its model and loads its rows for every message, as Flower's templates for
+Hugging Face models do; ``tuned`` keeps both in its actor; ``peft`` is one process that trains one client after another.
+Every run is a process of its own, the arms in turn. Flower needs its extra: ``pip install 'fedlora[flower]'``.
+``--json`` prints the ratios.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +57,7 @@ class Recipe:
 
 
 RECIPES = {
-    "minilm": Recipe("builtin:minilm", "none", ("query", "value"), 20, 5, 4, 4, 32, 1500, 3e-3),
+    "minilm": Recipe("builtin:minilm", "none", ("query", "value"), 20, 5, 4, 4, 32, 1500, 1e-2),
     "smollm2": Recipe("builtin:smollm2-135m", "nf4", ("q_proj", "v_proj"), 8, 2, 2, 1, 96, 16, 1e-3),
 }
 
@@ -66,7 +68,7 @@ RECIPES = {
 def build(recipe: Recipe, labels: int) -> tuple[Any, Any]:
     """Model with a fresh adapter, and tokenizer."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -74,10 +76,13 @@ def build(recipe: Recipe, labels: int) -> tuple[Any, Any]:
         BitsAndBytesConfig,
     )
 
+    from fedlora.adapter.directory import from_peft_names, to_peft_names
+    from fedlora.adapter.initial import initial_adapter
+    from fedlora.seeds import derive_seed
     from fedlora.training.builtin import resolve
 
     path = resolve(recipe.model)
-    torch.manual_seed(0)
+    torch.manual_seed(derive_seed(0, 0, "", "head"))
     options: dict[str, Any] = {"dtype": torch.float32}
     if recipe.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -95,7 +100,11 @@ def build(recipe: Recipe, labels: int) -> tuple[Any, Any]:
     )
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return get_peft_model(model, lora), tokenizer
+    adapted = get_peft_model(model, lora)
+    own = from_peft_names(get_peft_model_state_dict(adapted), 2 * recipe.rank, use_rslora=False)
+    first = initial_adapter({site: update.shape for site, update in own.modules.items()}, own.dense, recipe.rank, 0)
+    set_peft_model_state_dict(adapted, to_peft_names(first, 2 * recipe.rank, use_rslora=False))
+    return adapted, tokenizer
 
 
 def tokens(rows: Sequence[Mapping[str, Any]], tokenizer: Any, recipe: Recipe) -> list[dict[str, Any]]:
@@ -129,16 +138,19 @@ def padded(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
     return batch | {"labels": torch.tensor(labels)}
 
 
-def learn(model: Any, rows: Sequence[Any], recipe: Recipe, seed: int, pad: int) -> None:
-    """A client's steps."""
+def learn(model: Any, rows: Sequence[Any], recipe: Recipe, client: str, number: int, pad: int) -> None:
+    """A client's steps of a round, over the rows that FedLoRA would take."""
     import torch
+
+    from fedlora.seeds import derive_seed
+    from fedlora.training.batches import batch_indices
 
     model.eval()  # no arm has dropout
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=recipe.learning_rate, weight_decay=0.0)
-    draw = random.Random(seed)
-    for _ in range(recipe.steps):
-        batch = padded(draw.sample(rows, min(recipe.batch, len(rows))), pad)
+    order = derive_seed(derive_seed(0, number, client, "train"), 0, "", "batches")
+    for places in islice(batch_indices([0] * len(rows), recipe.batch, order, group_by_length=False), recipe.steps):
+        batch = padded([rows[place] for place in places], pad)
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(own, 1.0)
         optimizer.step()
@@ -158,7 +170,7 @@ def score(model: Any, rows: Sequence[Any], pad: int) -> float:
             loss += float(found.loss) * len(batch["labels"])
             if batch["labels"].ndim == 1:
                 right += int((found.logits.argmax(1) == batch["labels"]).sum())
-    return right / len(rows) if right else loss / len(rows)
+    return right / len(rows) if isinstance(rows[0]["labels"], int) else loss / len(rows)
 
 
 def play_peft(recipe: Recipe, shares: Mapping[str, Any], test: Sequence[Any], labels: int) -> float:
@@ -170,9 +182,9 @@ def play_peft(recipe: Recipe, shares: Mapping[str, Any], test: Sequence[Any], la
     pad, state = tokenizer.pad_token_id, copied(get_peft_model_state_dict(model))
     for number in range(recipe.rounds):
         total, weight = {name: 0 * tensor for name, tensor in state.items()}, 0
-        for k, own in enumerate(rows.values()):
+        for client, own in rows.items():
             set_peft_model_state_dict(model, state)
-            learn(model, own, recipe, 1000 * number + k, pad)
+            learn(model, own, recipe, client, number + 1, pad)
             for name, tensor in get_peft_model_state_dict(model).items():
                 total[name] += len(own) * tensor.detach()
             weight += len(own)
@@ -217,7 +229,7 @@ def play_flower(
         rows = vs_flower.kept[place]
         set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
         number = int(message.content["config"]["server-round"])
-        vs_flower.learn(model, rows, recipe, 1000 * (number - 1) + place, tokenizer.pad_token_id)
+        vs_flower.learn(model, rows, recipe, clients[place], number, tokenizer.pad_token_id)
         content = {
             "arrays": ArrayRecord(get_peft_model_state_dict(model)),
             "metrics": MetricRecord({"num-examples": len(rows)}),
@@ -267,6 +279,7 @@ def play_fedlora(recipe: Recipe, place: Path, threads: int) -> float:
             "per_device_train_batch_size": recipe.batch,
             "max_steps": recipe.steps,
             "base_dropout": False,
+            "group_by_length": False,
         },
         "evaluation": {"every": 1000, "at_start": False, "per_client": False},
         "strategy": "fedit",
@@ -286,8 +299,11 @@ def prepare(recipe: Recipe, data: Path, place: Path) -> None:
     draw = random.Random(0)
     (place / "clients").mkdir()
     if recipe.writes:
-        rows = list(lines(data / "instruct_stream" / "sciq" / "train.jsonl.gz"))[: 40 * recipe.clients]
-        test = list(lines(data / "instruct_stream" / "sciq" / "test.jsonl.gz"))[: recipe.test_rows]
+        place_of = data / "instruct_stream" / "sciq"
+        rows, test = (
+            [asked(row) for row in islice(lines(place_of / f"{kind}.jsonl.gz"), count)]
+            for kind, count in (("train", 40 * recipe.clients), ("test", recipe.test_rows))
+        )
         shares = {f"c{k:02}": rows[k :: recipe.clients] for k in range(recipe.clients)}
     else:
         rows, test = (list(lines(data / "clinc150" / f"{kind}.jsonl.gz")) for kind in ("train", "test"))
@@ -305,6 +321,12 @@ def prepare(recipe: Recipe, data: Path, place: Path) -> None:
     files = {place / "clients" / f"{client}.jsonl": own for client, own in shares.items()}
     for path, own in {**files, place / "test.jsonl": test}.items():
         path.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in own), encoding="utf-8")
+
+
+def asked(row: Mapping[str, Any]) -> dict[str, str]:
+    """A question and its answer, out of a row of messages."""
+    question, answer = (message["content"] for message in row["messages"])
+    return {"prompt": f"{question}\n", "completion": answer}
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
