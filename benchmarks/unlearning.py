@@ -12,6 +12,7 @@ file, and the command goes on where it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -23,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +69,7 @@ ACTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient_difference": ("gradient_difference", {"repair_rounds": REPAIR, **FORGET}),
     "ascent": ("ascent", {"repair_rounds": REPAIR, **FORGET}),
 }
-SCENARIOS = {"client": 20, "records": 20}  # clients
+SCENARIOS = {"client": 20, "records": 20, "facts": 8}  # clients
 WHOLE, NONE = {"rounds": 1.0, "seconds": 1.0}, {"rounds": 0.0, "seconds": 0.0}
 CLINC: Mapping[str, Any] = {
     "model": {"name": "builtin:minilm"},
@@ -88,6 +88,20 @@ CLINC: Mapping[str, Any] = {
     "contributions": {"keep_rounds": 50},
     "threads": 1,
 }
+FACTS = 40  # that one client teaches; a fact is a made-up name and one of these
+METALS = ("iron", "copper", "silver", "gold", "lead", "tin", "zinc", "nickel")
+SMOLLM: Mapping[str, Any] = {
+    "model": {"name": "builtin:smollm2-135m"},
+    # the layers below are frozen, so what they make of a row is computed once
+    "lora": {"r": 16, "lora_alpha": 16, "target_modules": r".*layers\.2[4-9]\..*(q_proj|v_proj|up_proj|down_proj)"},
+    "training": {"learning_rate": 0.003, "per_device_train_batch_size": 20, "max_steps": 6, "base_dropout": False},
+    "evaluation": {"every": 1000, "per_client": False},
+    "strategy": "flexlora",
+    "rounds": 8,
+    "keep_checkpoints": 10,
+    "contributions": {"keep_rounds": 50},
+    "threads": 1,
+}
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
@@ -98,6 +112,8 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
 
 def open_scenario(name: str, seed: int, data: Path, place: Path) -> tuple[RunConfig, Request]:
     """The run and what is asked for."""
+    if name == "facts":
+        return open_facts(seed, place)
     content: dict[str, Any] = {**json.loads(json.dumps(CLINC)), "seed": seed, "output_dir": str(place / "run")}
     rows = rows_in(data / "clinc150" / "train.jsonl.gz")
     draw = random.Random(seed)
@@ -133,6 +149,30 @@ def open_scenario(name: str, seed: int, data: Path, place: Path) -> tuple[RunCon
     }
     content["clients"] = {"per_round": 10, "ranks": [4, 8, 16], "joins": {"bank": JOINS}}
     return parse_config(content), Request("client", ("bank",))
+
+
+def open_facts(seed: int, place: Path) -> tuple[RunConfig, Request]:
+    """A run whose clients each teach facts of their own, and whose test rows are facts that nobody teaches."""
+    draw = random.Random(seed)
+    parts = ["ka", "lo", "mi", "ru", "ve", "to", "sa", "ne", "di", "pu"]
+    names: set[str] = set()
+    while len(names) < FACTS * (SCENARIOS["facts"] + 1):
+        names.add("".join(draw.choices(parts, k=4)).capitalize())
+    facts = [
+        {"prompt": f"Question: Which metal is mined in {name}?\nAnswer:", "completion": f" {draw.choice(METALS)}"}
+        for name in sorted(names, key=lambda name: (draw.random(), name))
+    ]
+    files = {}
+    for number in range(SCENARIOS["facts"] + 1):
+        path = place / f"c{number}.jsonl"
+        own = facts[FACTS * number : FACTS * (number + 1)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+        files[f"c{number}"] = str(path)
+    content: dict[str, Any] = {**json.loads(json.dumps(SMOLLM)), "seed": seed, "output_dir": str(place / "run")}
+    test_file = files.pop(f"c{SCENARIOS['facts']}")
+    content["data"] = {"client_files": files, "test_file": test_file, "max_length": 64, "client_holdout": 0}
+    content["clients"] = {"per_round": 6, "ranks": [4, 8, 16], "joins": {"c0": 3}}
+    return parse_config(content), Request("client", ("c0",))
 
 
 class Scene:
@@ -204,7 +244,7 @@ def quiet(event: str, fields: Any) -> None:
     """A listener that hears nothing."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def upper_layers_only() -> Iterator[None]:
     """Clients compute the frozen layers below the adapters once per text; models are measured whole."""
     known: dict[bytes, torch.Tensor] = {}
@@ -226,7 +266,8 @@ def play(name: str, seed: int, data: Path, done: frozenset[str]) -> Iterator[dic
     """The lines of one scenario that are missing."""
     torch.set_num_threads(1)
     told = {"scenario": name, "seed": seed}
-    with tempfile.TemporaryDirectory() as place, upper_layers_only():
+    shortened = contextlib.nullcontext() if name == "facts" else upper_layers_only()
+    with tempfile.TemporaryDirectory() as place, shortened:
         try:
             scene = Scene(name, seed, data, Path(place))
         except FedLoRAError as error:  # the gate has no power here
@@ -249,7 +290,7 @@ def play(name: str, seed: int, data: Path, done: frozenset[str]) -> Iterator[dic
 def key_of(name: str, seed: int, action: str) -> str:
     """What a finished line is found by."""
     how = ACTIONS.get(action, ("", {}))
-    return json.dumps([name, seed, action, how, CLINC], sort_keys=True)
+    return json.dumps([name, seed, action, how, SMOLLM if name == "facts" else CLINC], sort_keys=True)
 
 
 # The document ----------------------------------------------------------------------------------------------------
@@ -301,7 +342,7 @@ def main(
     data: Annotated[Path, typer.Option(help="folder with clinc150/")],
     jobs: Annotated[int, typer.Option(min=1, help="processes, of one thread each")] = 1,
     results: Annotated[Path, typer.Option(help="one line per finished row")] = HERE / "unlearning.jsonl",
-    only: Annotated[str, typer.Option(help="one scenario: client or records")] = "",
+    only: Annotated[str, typer.Option(help="one scenario: client, records or facts")] = "",
 ) -> None:
     """Play what is missing, then write docs/unlearning.md."""
     done = frozenset(read_results(results))
