@@ -69,7 +69,7 @@ ACTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient_difference": ("gradient_difference", {"repair_rounds": REPAIR, **FORGET}),
     "ascent": ("ascent", {"repair_rounds": REPAIR, **FORGET}),
 }
-SCENARIOS = {"client": 20, "records": 20, "facts": 8}  # clients
+SCENARIOS = {"client": 20, "records": 20, "facts": 5}  # clients
 WHOLE, NONE = {"rounds": 1.0, "seconds": 1.0}, {"rounds": 0.0, "seconds": 0.0}
 CLINC: Mapping[str, Any] = {
     "model": {"name": "builtin:minilm"},
@@ -88,13 +88,13 @@ CLINC: Mapping[str, Any] = {
     "contributions": {"keep_rounds": 50},
     "threads": 1,
 }
-FACTS = 40  # that one client teaches; a fact is a made-up name and one of these
+FACTS = 24  # that one client teaches; a fact is a made-up name and one of these
 METALS = ("iron", "copper", "silver", "gold", "lead", "tin", "zinc", "nickel")
 SMOLLM: Mapping[str, Any] = {
     "model": {"name": "builtin:smollm2-135m"},
     # the layers below are frozen, so what they make of a row is computed once
     "lora": {"r": 16, "lora_alpha": 16, "target_modules": r".*layers\.2[4-9]\..*(q_proj|v_proj|up_proj|down_proj)"},
-    "training": {"learning_rate": 0.003, "per_device_train_batch_size": 20, "max_steps": 6, "base_dropout": False},
+    "training": {"learning_rate": 0.005, "per_device_train_batch_size": 12, "max_steps": 10, "base_dropout": False},
     "evaluation": {"every": 1000, "per_client": False},
     "strategy": "flexlora",
     "rounds": 8,
@@ -171,7 +171,7 @@ def open_facts(seed: int, place: Path) -> tuple[RunConfig, Request]:
     content: dict[str, Any] = {**json.loads(json.dumps(SMOLLM)), "seed": seed, "output_dir": str(place / "run")}
     test_file = files.pop(f"c{SCENARIOS['facts']}")
     content["data"] = {"client_files": files, "test_file": test_file, "max_length": 64, "client_holdout": 0}
-    content["clients"] = {"per_round": 6, "ranks": [4, 8, 16], "joins": {"c0": 3}}
+    content["clients"] = {"ranks": [4, 8, 16], "joins": {"c0": 3}}
     return parse_config(content), Request("client", ("c0",))
 
 

@@ -39,6 +39,11 @@ class Rows:
             missing = offsets >= torch.tensor(counts)[:, None]
             self._places = (first[:, None] + offsets).masked_fill(missing, sum(counts)).to(device)
 
+    @property
+    def even(self) -> bool:
+        """Whether all have equally many rows, so that ``split`` is but another view."""
+        return self._places is None
+
     def split(self, x: Tensor) -> Tensor:
         """[rows, ..., d] to [K, n, d], padded with zeros where clients have unequally many rows."""
         if len(x) != sum(self.counts):
@@ -72,10 +77,17 @@ class StackedLora(nn.Module):
         inner = torch.bmm(self._rows.split(self.dropout(x.to(A.dtype))), A[:count].transpose(1, 2))
         if C is not None:
             inner = torch.bmm(inner, C[:count].transpose(1, 2))
-        own = torch.bmm(inner, B[:count].transpose(1, 2)) * self._scaling
+        pairs = [(inner, B[:count].transpose(1, 2), self._scaling)]
         if f"{self._path}:frozen.A" in self._stacks:
             down, up = (self._stacks[f"{self._path}:frozen.{part}"][:count].transpose(1, 2) for part in "AB")
-            own = own + torch.bmm(torch.bmm(self._rows.split(x.to(A.dtype)), down), up)
+            pairs.append((torch.bmm(self._rows.split(x.to(A.dtype)), down), up, 1.0))
+        if self._rows.even and y.dtype == A.dtype:
+            whole = self._rows.split(y)
+            for left, right, alpha in pairs:  # added where it is multiplied: no tensor of this size in between
+                whole = torch.baddbmm(whole, left, right, alpha=alpha)
+            return whole.reshape(y.shape)
+        own, *beside = (torch.bmm(left, right) * alpha for left, right, alpha in pairs)
+        own = own + beside[0] if beside else own
         return (y + self._rows.join(own, x)).to(y.dtype)
 
 
