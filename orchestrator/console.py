@@ -107,6 +107,9 @@ class Screen:
     def _on_privacy_planned(self, fields: Mapping[str, Any]) -> None:
         self._say(f"client-level privacy: {escape(fields['text'])}")
 
+    def _on_secure_sum_planned(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"secure aggregation: {escape(fields['text'])}")
+
     def _on_budget_spent(self, fields: Mapping[str, Any]) -> None:
         self._say(
             f"[yellow]the privacy budget is spent:[/] epsilon {fields['epsilon']:.3f} after round {fields['round']};"

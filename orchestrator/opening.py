@@ -31,6 +31,7 @@ from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
 from orchestrator.soundness import check_head, check_strategy, check_stream
 from orchestrator.state import RunState
+from orchestrator.summing import summing
 
 
 def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Federation, BaseInfo]:
@@ -56,6 +57,9 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     private = spending(strategy, config, len(members))
     if private:
         emit("privacy_planned", told(private))
+    heaviest = max(member.num_examples for member in members)
+    if sums := summing(strategy, config, ranks, heaviest):
+        emit("secure_sum_planned", {**asdict(sums), "text": sums.words()})
     check_rank(base.sites, rank)
     merging = build_merging(config.continual.merge) if config.continual else None
     if merging:

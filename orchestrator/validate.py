@@ -30,6 +30,7 @@ from orchestrator.selection import build_selector
 from orchestrator.shards import shard_configs
 from orchestrator.soundness import check_head, check_shards, check_strategy
 from orchestrator.stores.files import check_folder
+from orchestrator.summing import summing
 
 
 def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
@@ -69,6 +70,8 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
             if private := spending(strategy, config, len(corpus.shards)):
                 facts["privacy"] = private.planned_words()
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
+            if sums := summing(strategy, config, ranks, rows[-1]):
+                facts["secure sum"] = sums.words()
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())
         )

@@ -5,6 +5,7 @@ arguments.
 """
 
 from fedlora.config.forgetting import ForgettingConfig
+from fedlora.config.privacy import PrivacyConfig, SecureSumConfig
 from fedlora.config.reading import differences, known_keys, load_config, parse_config
 from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
@@ -30,8 +31,10 @@ __all__ = [
     "FleetConfig",
     "ForgettingConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SecureSumConfig",
     "StreamTaskConfig",
     "TrainingConfig",
     "differences",

@@ -9,6 +9,14 @@ from fedlora.protocol import ClientPool, TrainTask
 
 def open_pool(config: RunConfig) -> ClientPool:
     """The pool a configuration asks for, with its workers ready."""
+    if config.privacy.secure_sum:
+        from orchestrator.pools.secure import SecurePool
+
+        return SecurePool(_open(config), config.privacy.secure_sum, uniform=config.weighting == "uniform")
+    return _open(config)
+
+
+def _open(config: RunConfig) -> ClientPool:
     if config.pool == "ray":
         from orchestrator.pools.ray import RayPool  # only a run on Ray pays for importing it
 
