@@ -35,8 +35,8 @@ class Summing:
     def words(self) -> str:
         """What a round promises."""
         return (
-            f"sums of at least {self.threshold} of {self.planned} clients, values cut to {self.clip:g} and exact to"
-            f" {self.error:.1g}"
+            f"sums of at least {self.threshold} of {self.planned} clients; values are cut to {self.clip:g} and off by"
+            f" {self.error:.1g} at the most"
         )
 
 

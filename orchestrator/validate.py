@@ -71,7 +71,7 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
                 facts["privacy"] = private.planned_words()
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
             if sums := summing(strategy, config, ranks, rows[-1]):
-                facts["secure sum"] = sums.words()
+                facts["secure"] = sums.words()
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())
         )
