@@ -132,6 +132,24 @@ def private_files(root: Path, client: str) -> dict[int, Path]:
     return dict(sorted((int(name), path) for name, path in found if name.isdigit()))
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a client's secret atomically, for nobody else's eyes.
+
+    Raises:
+        FedLoRAError: if it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise FedLoRAError(f"cannot write the secret {path}: {error.strerror or error}") from error
+
+
 def folder_of(root: Path, client: str) -> Path:
     """Where a client keeps what is its own."""
     # a name may hold anything, slashes too; the hash keeps two that look alike apart

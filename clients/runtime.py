@@ -26,6 +26,7 @@ from clients.attacks import Assault, mount
 from clients.forget import rows_to_forget
 from clients.lesson import Learned, Lesson, with_personal
 from clients.live import open_live
+from clients.noise import LocalNoise
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
 from clients.ranks import assign_ranks
@@ -85,7 +86,7 @@ class ClientRuntime:
         self._shared: dict[tuple[int, str, str], Learned] = {}  # honest deltas of colluders, of one round
         private = Path(config.output_dir).absolute() / "private"
         self._private = PrivateState(private, config.keep_checkpoints)
-        self._secure = SecureClient.of(config, private)
+        self._noise, self._secure = LocalNoise.of(config, private), SecureClient.of(config, private)
 
     def members(self) -> list[ClientInfo]:
         """Every client of the run, with its rank and what it holds."""
@@ -177,6 +178,8 @@ class ClientRuntime:
 
     def _answer(self, task: TrainTask, learned: Learned) -> bytes:
         """Wire bytes of an update; what the client keeps is saved before."""
+        if self._noise:
+            learned = self._noise.protect(task, learned)
         private, meant = learned.private, learned.delta
         feedback = self._config.wire.error_feedback and task.forget is None
         if feedback:  # what earlier updates left unsent goes with this one, and what this one leaves is kept

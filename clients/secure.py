@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
 from torch import Tensor
 
-from clients.private_state import folder_of
+from clients.private_state import folder_of, write_private
 from fedlora.aggregation import compose
 from fedlora.aggregation.dp import DP
 from fedlora.config import RunConfig, SecureSumConfig
@@ -165,7 +164,7 @@ class SecureClient:
                 f" {'others' if len(over) == len(before[task]) else len(over)}: the two would tell what single clients"
                 " sent"
             )
-        _write(path, json.dumps(before).encode())
+        write_private(path, json.dumps(before).encode())
         return opened
 
     def _load(self, client: str) -> _Kept:
@@ -175,18 +174,4 @@ class SecureClient:
         return read(_Kept, path.read_bytes())
 
     def _save(self, client: str, kept: _Kept) -> None:
-        _write(folder_of(self._root, client) / "round.json", kept.encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomically, for nobody else's eyes."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        raise SecureSumError(f"cannot write the secrets {path}: {error.strerror or error}") from error
+        write_private(folder_of(self._root, client) / "round.json", kept.encode())

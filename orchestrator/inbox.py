@@ -135,8 +135,8 @@ def describe(inbox: Inbox, packed: bool) -> dict[str, Any]:
 
 
 def weighted_metrics(used: Sequence[Used]) -> dict[str, float] | None:
-    """Mean training losses, by the weight of the updates."""
-    if not used:
+    """Mean training losses, by the weight of the updates; none where clients keep theirs."""
+    if not any("loss" in u.metrics for u in used):
         return None
     total = sum(u.update.weight for u in used)
     names = ("loss", "first_loss")

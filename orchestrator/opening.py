@@ -24,6 +24,7 @@ from fedlora.seeds import derive_seed
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
 from orchestrator.forgetting import check_forgetting
+from orchestrator.local_privacy import local_spending
 from orchestrator.pools.cohorts import cohort_size
 from orchestrator.privacy import spending, told
 from orchestrator.progress import Progress
@@ -57,6 +58,9 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     private = spending(strategy, config, len(members))
     if private:
         emit("privacy_planned", told(private))
+    local = local_spending(strategy, config, len(members))
+    if local:
+        emit("local_privacy_planned", {"text": local.words(), "delta": local.accountant.delta})
     heaviest = max(member.num_examples for member in members)
     if sums := summing(strategy, config, ranks, heaviest):
         emit("secure_sum_planned", {**asdict(sums), "text": sums.words()})
@@ -106,6 +110,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         probe=base.task if config.evaluation.probe else "",
         forgetting=config.forgetting,
         spending=private,
+        local=local,
     )
     if fed.fleet:
         emit("fleet", fed.fleet.describe())

@@ -24,6 +24,7 @@ from fedlora.plugins import load_plugins
 from fedlora.training.model import check_length, device_of, dtype_of, find_saved, find_sites, outline
 from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
+from orchestrator.local_privacy import local_spending
 from orchestrator.opening import check_named
 from orchestrator.privacy import spending
 from orchestrator.selection import build_selector
@@ -69,6 +70,8 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
             check_shards(strategy, config)
             if private := spending(strategy, config, len(corpus.shards)):
                 facts["privacy"] = private.planned_words()
+            if local := local_spending(strategy, config, len(corpus.shards)):
+                facts["local"] = local.words()
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
             if sums := summing(strategy, config, ranks, rows[-1]):
                 facts["secure"] = sums.words()

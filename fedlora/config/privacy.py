@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from fedlora.config.sections import Section
@@ -20,9 +22,27 @@ class SecureSumConfig(Section):
     clip: float = Field(1.0, gt=0, description="every value of a change is cut to [-clip, clip] before it is sent")
 
 
+class LocalPrivacyConfig(Section):
+    """Every client puts noise on its own change, which protects it from the server as well."""
+
+    clip: float = Field(1.0, gt=0, description="the largest Frobenius norm of a client's change")
+    noise_multiplier: float = Field(
+        1.0, ge=0.2, description="standard deviation of the noise on every value of a change, in units of clip"
+    )
+    delta: float = Field(1e-5, ge=1e-12, lt=1, description="the chance for which epsilon makes no promise")
+    noise: Literal["secret", "seeded"] = Field(
+        "secret",
+        description="secret: from a number that each client draws once and keeps; seeded: from the run's seed, for"
+        " simulations that are to be repeated byte for byte, and no protection from whoever knows it",
+    )
+
+
 class PrivacyConfig(Section):
     """What clients do to their changes before these leave them. Noise on the sum is a strategy: dp."""
 
     secure_sum: SecureSumConfig | None = Field(
         None, description="mask changes so that only their sum can be read; {} for the defaults"
+    )
+    local: LocalPrivacyConfig | None = Field(
+        None, description="noise of each client on its own change; {} for the defaults"
     )

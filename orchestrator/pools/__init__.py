@@ -12,7 +12,8 @@ def open_pool(config: RunConfig) -> ClientPool:
     if config.privacy.secure_sum:
         from orchestrator.pools.secure import SecurePool
 
-        return SecurePool(_open(config), config.privacy.secure_sum, uniform=config.weighting == "uniform")
+        measured = config.privacy.local is None
+        return SecurePool(_open(config), config.privacy.secure_sum, config.weighting == "uniform", measured)
     return _open(config)
 
 

@@ -80,10 +80,11 @@ class SecurePool:
 
     Args:
         uniform: whether all clients weigh the same; otherwise by their rows, which stay with them.
+        measured: whether clients say what they measured.
     """
 
-    def __init__(self, inner: ClientPool, settings: SecureSumConfig, uniform: bool):
-        self._inner, self._settings, self._uniform = inner, settings, uniform
+    def __init__(self, inner: ClientPool, settings: SecureSumConfig, uniform: bool, measured: bool = True):
+        self._inner, self._settings, self._uniform, self._measured = inner, settings, uniform, measured
         self._members = {member.id: member for member in inner.members()}
 
     @property
@@ -132,7 +133,7 @@ class SecurePool:
             return
         yield from job.lost.values()
         for place, (client, reply) in enumerate(job.masked.items()):
-            task, metrics = tasks[client], _metrics(summed, place, len(job.masked))
+            task, metrics = tasks[client], _metrics(summed, place, len(job.masked)) if self._measured else {}
             told = client, task.round, task.received, summed.delta, self._rows(task), metrics
             yield replace(reply, payload=encode_update(*told), sent_bytes=job.sent[client])
 
