@@ -46,6 +46,15 @@ class TrainsTogether(Protocol):
         ...
 
 
+@runtime_checkable
+class Answers(Protocol):
+    """A runtime whose clients take part in exchanges beside their tasks."""
+
+    def exchange(self, client: str, message: bytes) -> bytes:
+        """One client's answer to one message."""
+        ...
+
+
 OpenRuntime = Callable[[RunConfig, int], Runtime]  # from a configuration and torch threads; importable by its name
 
 
@@ -67,6 +76,19 @@ def attempt(runtime: Runtime, task: TrainTask) -> Reply:
         trace = f"client {task.client}, round {task.round}\n{traceback.format_exc()}"
         return Reply(task.client, None, f"{type(error).__name__}: {error}", trace, time.perf_counter() - start)
     return Reply(task.client, payload, seconds=time.perf_counter() - start)
+
+
+def answer(runtime: Runtime, client: str, message: bytes) -> Reply:
+    """A client's answer to a message; an exception is an answer too."""
+    start = time.perf_counter()
+    try:
+        if not isinstance(runtime, Answers):
+            raise FedLoRAError(f"{type(runtime).__name__} answers no messages")
+        return Reply(client, runtime.exchange(client, message), seconds=time.perf_counter() - start)
+    except FedLoRAError as error:
+        return Reply(client, error=str(error))
+    except Exception as error:  # noqa: BLE001 - one client's failure must not end the run
+        return Reply(client, None, f"{type(error).__name__}: {error}", f"client {client}\n{traceback.format_exc()}")
 
 
 def attempt_together(runtime: Runtime, tasks: Sequence[TrainTask]) -> list[Reply]:

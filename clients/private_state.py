@@ -105,7 +105,7 @@ class PrivateState:
 
     def holds(self, accepted: Mapping[str, int]) -> bool:
         """Whether every client that keeps anything still has what it had after these rounds."""
-        kept = {client: number for client, number in accepted.items() if _folder(self._root, client).is_dir()}
+        kept = {client: number for client, number in accepted.items() if folder_of(self._root, client).is_dir()}
         return all(self._file(client, number).is_file() for client, number in kept.items())
 
     def copy(self, target: Path, accepted: Mapping[str, int]) -> None:
@@ -123,16 +123,35 @@ class PrivateState:
         return list(private_files(self._root, client))
 
     def _file(self, client: str, round: int) -> Path:
-        return _folder(self._root, client) / f"round-{round:06d}.safetensors"
+        return folder_of(self._root, client) / f"round-{round:06d}.safetensors"
 
 
 def private_files(root: Path, client: str) -> dict[int, Path]:
     """What a client keeps, by the round that wrote it, oldest first."""
-    found = ((path.stem.removeprefix("round-"), path) for path in _folder(root, client).glob("round-*.safetensors"))
+    found = ((path.stem.removeprefix("round-"), path) for path in folder_of(root, client).glob("round-*.safetensors"))
     return dict(sorted((int(name), path) for name, path in found if name.isdigit()))
 
 
-def _folder(root: Path, client: str) -> Path:
+def write_private(path: Path, content: bytes) -> None:
+    """Write a client's secret atomically, for nobody else's eyes.
+
+    Raises:
+        FedLoRAError: if it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise FedLoRAError(f"cannot write the secret {path}: {error.strerror or error}") from error
+
+
+def folder_of(root: Path, client: str) -> Path:
+    """Where a client keeps what is its own."""
     # a name may hold anything, slashes too; the hash keeps two that look alike apart
     plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in client)[:40]
     return root / f"{plain}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"

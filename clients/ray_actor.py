@@ -76,6 +76,12 @@ class RayWorker:
                 done.append((replace(reply, payload=None), payload))
         return done
 
+    def exchange(self, messages: dict[str, bytes]) -> dict[str, Any]:
+        """A reply per client."""
+        from clients.attempt import answer
+
+        return {client: answer(self._runtime, client, message) for client, message in messages.items()}
+
     def evaluate(self, tasks: Sequence[tuple[Any, int]], patches: Any, *adapters: bytes) -> list[tuple[Any, float]]:
         """A result per task and the seconds it took; arguments as for ``train``."""
         import time

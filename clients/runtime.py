@@ -26,9 +26,11 @@ from clients.attacks import Assault, mount
 from clients.forget import rows_to_forget
 from clients.lesson import Learned, Lesson, with_personal
 from clients.live import open_live
+from clients.noise import LocalNoise
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
 from clients.ranks import assign_ranks
+from clients.secure import SecureClient
 from clients.specs import adapter_spec, base_spec, task_of
 from clients.stopwatch import Stopwatch
 from fedlora.adapter.ledger import frozen
@@ -43,7 +45,7 @@ from fedlora.continual.replay import kept_rows, met_rows
 from fedlora.continual.stream import Task, labels_of, open_stream
 from fedlora.data.partition import Corpus
 from fedlora.data.text import Encoded, Example, encode
-from fedlora.errors import DataError, FedLoRAError
+from fedlora.errors import DataError, FedLoRAError, SecureSumError
 from fedlora.plugins import load_plugins
 from fedlora.protocol import PARTS, BaseInfo, ClientInfo, EvalResult, EvalTask, TrainPlan, TrainTask, WorkerStats
 from fedlora.seeds import derive_seed
@@ -82,7 +84,9 @@ class ClientRuntime:
         self._features: dict[tuple[str, str, int | None], Tensor] = {}
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
         self._shared: dict[tuple[int, str, str], Learned] = {}  # honest deltas of colluders, of one round
-        self._private = PrivateState(Path(config.output_dir).absolute() / "private", config.keep_checkpoints)
+        private = Path(config.output_dir).absolute() / "private"
+        self._private = PrivateState(private, config.keep_checkpoints)
+        self._noise, self._secure = LocalNoise.of(config, private), SecureClient.of(config, private)
 
     def members(self) -> list[ClientInfo]:
         """Every client of the run, with its rank and what it holds."""
@@ -174,6 +178,8 @@ class ClientRuntime:
 
     def _answer(self, task: TrainTask, learned: Learned) -> bytes:
         """Wire bytes of an update; what the client keeps is saved before."""
+        if self._noise:
+            learned = self._noise.protect(task, learned)
         private, meant = learned.private, learned.delta
         feedback = self._config.wire.error_feedback and task.forget is None
         if feedback:  # what earlier updates left unsent goes with this one, and what this one leaves is kept
@@ -181,7 +187,10 @@ class ClientRuntime:
             meant = {name: tensor + fitted(unsent.get(name), tensor) for name, tensor in meant.items()}
         packing = Packing(self._config.wire.up, self._config.wire.top_k)
         told = (meant, learned.rows, learned.metrics, learned.extras, packing)
-        payload = encode_update(task.client, task.round, task.received, *told)
+        if self._secure:
+            payload = self._secure.masked(task, meant, learned.rows, learned.metrics)
+        else:
+            payload = encode_update(task.client, task.round, task.received, *told)
         if feedback:
             sent = decode_update(payload).delta
             private = replace(private, unsent={**unsent, **{name: meant[name] - sent[name] for name in meant}})
@@ -292,6 +301,16 @@ class ClientRuntime:
             self._shared = {known: value for known, value in self._shared.items() if known[0] == task.round}
             self._shared[key] = self._learn(task)
         return self._shared[key]
+
+    def exchange(self, client: str, message: bytes) -> bytes:
+        """A client's answer to one message of a secure sum.
+
+        Raises:
+            SecureSumError: if it refuses, or the run has none.
+        """
+        if not self._secure:
+            raise SecureSumError("this client knows of no secure sum; its configuration has no privacy.secure_sum")
+        return self._secure.answer(client, message)
 
     def evaluate(self, task: EvalTask) -> EvalResult:
         """Score an adapter on a client's held-out rows, or on the server's."""

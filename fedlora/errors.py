@@ -95,6 +95,10 @@ class WireError(FedLoRAError):
     """Bytes that are not a valid message. Raised for one client, never for the run."""
 
 
+class SecureSumError(FedLoRAError):
+    """A step of a secure sum that a client refuses, or that cannot be done. Costs a client or the round."""
+
+
 class UpdateRefused(FedLoRAError):
     """An update that failed admission. Raised for one client, never for the run."""
 

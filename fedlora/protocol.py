@@ -132,6 +132,7 @@ class TrainTask:
         ended: the rounds with which tasks of the stream have ended so far, where a rule may end them early.
         seen: SHA-256 of the rows of a live stream up to this round; empty without one.
         forget: the entry of the configuration's ``forgetting`` that is carried out in place of training; None for none.
+        mask: what the client needs to hide its answer in a secure sum; empty where it travels as it is.
     """
 
     round: int
@@ -146,6 +147,7 @@ class TrainTask:
     ended: tuple[int, ...] = ()
     seen: str = ""
     forget: int | None = None
+    mask: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +184,7 @@ class Reply:
         payload: wire bytes of a ``ClientUpdate``, unchecked; a pool may give a view of memory it shares.
         error: one sentence when the client failed; ``traceback`` for the journal.
         alone: why a client that belongs to a cohort was trained alone; its bytes are not those of the cohort.
+        sent_bytes: what travelled where the payload was made on the way; 0 where the payload did.
     """
 
     client: str
@@ -190,6 +193,7 @@ class Reply:
     traceback: str | None = None
     seconds: float = 0.0
     alone: str = ""
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -304,6 +308,13 @@ class ClientPool(Protocol):
         Replies to tasks of earlier calls that are still out are among them. Ends when nothing is out any more, or
         after ``timeout_s`` seconds; whoever stops reading before that leaves the rest out as well. A client has one
         task at a time.
+        """
+        ...
+
+    def exchange(self, messages: Mapping[str, bytes], timeout_s: float | None = None) -> Mapping[str, Reply]:
+        """Carry one small message to each client, on whatever worker, and bring its answer or error back.
+
+        Whoever has not answered after ``timeout_s`` seconds is missing. A client that fails costs nobody else.
         """
         ...
 

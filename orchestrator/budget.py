@@ -110,12 +110,14 @@ def _one(strategy: Strategy, at: int, outline: Outline, number: int, config: Run
     extras += traffic.dense_extras * head
     trained = _trained(plan, outline)
     held, packing = down + dense, Packing(config.wire.up, config.wire.top_k)
+    # masked values are integers of 64 bits, whatever they were
+    sent = 2 * _FLOAT * (up + head) if config.privacy.secure_sum else packing.about_bytes(up + head)
     return {
         "parameters": held,
         "trained": trained,
         "memory_bytes": _FLOAT * (held + trained * (1 + _OPTIMIZER[config.training.optim])),
         "down_bytes": _FLOAT * (down + dense + extras),
-        "up_bytes": packing.about_bytes(up + head) + _FLOAT * extras,
+        "up_bytes": sent + _FLOAT * extras,
     }
 
 

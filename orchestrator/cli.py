@@ -266,7 +266,7 @@ def show_run(run: RunPlace, as_json: AsJson = False) -> None:
     """One run: its summary and its rounds."""
     from rich.console import Console
 
-    from orchestrator.console import print_summary
+    from orchestrator.console import describe_learned, print_summary
     from orchestrator.runs import describe
     from orchestrator.stores.files import read_json, read_lines, shard_folders
     from orchestrator.stores.remote import localised
@@ -287,8 +287,7 @@ def show_run(run: RunPlace, as_json: AsJson = False) -> None:
             f"held-out loss {scores['loss']:.4f}, {100 * scores['accuracy']:.1f} % right" if scores else "not evaluated"
         )
         updates = f"{len(line['admitted'])} of {len(line['selected'])} updates"
-        learned = f"train loss {line['train']['loss']:.4f}" if line["train"] else "no usable update"
-        _print(f"round {line['round']:>3}  {learned}  {held}  {updates}")
+        _print(f"round {line['round']:>3}  {describe_learned(line)}  {held}  {updates}")
     if summary.get("status") == "finished":
         print_summary(Console(highlight=False), summary, str(folder))
     else:

@@ -107,6 +107,12 @@ class Screen:
     def _on_privacy_planned(self, fields: Mapping[str, Any]) -> None:
         self._say(f"client-level privacy: {escape(fields['text'])}")
 
+    def _on_local_privacy_planned(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"local privacy: {escape(fields['text'])}")
+
+    def _on_secure_sum_planned(self, fields: Mapping[str, Any]) -> None:
+        self._say(f"secure aggregation: {escape(fields['text'])}")
+
     def _on_budget_spent(self, fields: Mapping[str, Any]) -> None:
         self._say(
             f"[yellow]the privacy budget is spent:[/] epsilon {fields['epsilon']:.3f} after round {fields['round']};"
@@ -166,10 +172,9 @@ class Screen:
             self._say("further failures are counted in the round lines and kept in journal.jsonl")
 
     def _on_round_committed(self, fields: Mapping[str, Any]) -> None:
-        learned = f"train loss {fields['train']['loss']:.4f}" if fields["train"] else "no usable update"
         line = f"round {fields['round']:>3}  "
         line += f"{escape(fields['stream']['task'])}  " if fields.get("stream") else ""
-        line += learned
+        line += describe_learned(fields)
         if fields["eval"]:
             line += f"  held out: {_scores(fields['eval'])}"
         if fields["clients"]:
@@ -231,6 +236,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         *_stream_lines(summary.get("stream")),
         *_shard_lines(summary.get("shards")),
         *_privacy_lines(summary.get("privacy")),
+        *_local_lines(summary.get("local_privacy")),
         ("rounds", summary.get("rounds")),
         (
             "bytes up, down",
@@ -271,6 +277,21 @@ def _privacy_lines(privacy: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ended = f", which the budget of {privacy['budget']:g} ended" if privacy["ended_by_budget"] else ""
     text = f"epsilon {privacy['epsilon']:.3f} at delta {privacy['delta']:g} for a client, {privacy['rounds']} rounds"
     return [("privacy", text + ended)]
+
+
+def _local_lines(privacy: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the client that was asked most often has spent."""
+    if not privacy:
+        return []
+    text = f"epsilon {privacy['epsilon']:.3f} at delta {privacy['delta']:g} for the client that was asked most often"
+    return [("local privacy", text)]
+
+
+def describe_learned(row: Mapping[str, Any]) -> str:
+    """What a round's clients say of their training."""
+    if row["train"]:
+        return f"train loss {row['train']['loss']:.4f}"
+    return "no usable update" if row["problem"] or not row["admitted"] else f"{len(row['admitted'])} updates"
 
 
 def _scores(scores: Mapping[str, float]) -> str:

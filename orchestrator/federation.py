@@ -21,6 +21,7 @@ from fedlora.protocol import ClientInfo, ClientPool, Reply, TrainTask
 from fedlora.seeds import derive_seed
 from orchestrator.fleet import Fleet
 from orchestrator.flights import Flight
+from orchestrator.local_privacy import LocalSpending
 from orchestrator.privacy import Spending
 from orchestrator.selection import Selector, how_many
 from orchestrator.state import RunState
@@ -61,6 +62,7 @@ class Federation:
         forgetting: rounds in which owners of rows forget them, and nobody learns.
         packing: how the values of updates travel.
         spending: what differential privacy costs; None without.
+        local: what the noise of the clients' own comes to; None without.
         out: round of the task each client has from this process and has not answered.
     """
 
@@ -97,6 +99,7 @@ class Federation:
     forgetting: Sequence[ForgettingConfig] = ()
     packing: Packing = PLAIN
     spending: Spending | None = None
+    local: LocalSpending | None = None
     out: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property

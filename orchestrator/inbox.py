@@ -70,7 +70,8 @@ class Inbox:
         if reply.payload is None:
             self.fail(reply.client, reply.error or "no answer", reply.traceback)
             return
-        self.bytes_up += len(reply.payload)
+        sent_bytes = reply.sent_bytes or len(reply.payload)
+        self.bytes_up += sent_bytes
         self.bytes_up_fp32 += expected.form.plain_bytes if expected else len(reply.payload)
         try:
             if reply.client in self._used or reply.client in self.refused:
@@ -88,7 +89,7 @@ class Inbox:
         load, change = partial(_contribution, expected, weight, staleness, read), partial(_change, expected, read)
         seconds = reply.seconds if flight.due_s is None else flight.due_s - flight.given_s
         self._used[reply.client] = Used(Pending(expected.client, weight, load, change), update.metrics, flight, seconds)
-        facts = {"bytes": update.wire_bytes, "seconds": seconds, "metrics": dict(update.metrics)}
+        facts = {"bytes": sent_bytes, "seconds": seconds, "metrics": dict(update.metrics)}
         self._emit("update_admitted", reply.client, facts | ({"staleness": staleness} if staleness else {}))
 
     def fail(self, client: str, reason: str, traceback: str | None = None) -> None:
@@ -134,8 +135,8 @@ def describe(inbox: Inbox, packed: bool) -> dict[str, Any]:
 
 
 def weighted_metrics(used: Sequence[Used]) -> dict[str, float] | None:
-    """Mean training losses, by the weight of the updates."""
-    if not used:
+    """Mean training losses, by the weight of the updates; none where clients keep theirs."""
+    if not any("loss" in u.metrics for u in used):
         return None
     total = sum(u.update.weight for u in used)
     names = ("loss", "first_loss")

@@ -24,6 +24,7 @@ from fedlora.seeds import derive_seed
 from orchestrator.federation import Emit, Federation
 from orchestrator.fleet import Fleet
 from orchestrator.forgetting import check_forgetting
+from orchestrator.local_privacy import local_spending
 from orchestrator.pools.cohorts import cohort_size
 from orchestrator.privacy import spending, told
 from orchestrator.progress import Progress
@@ -31,6 +32,7 @@ from orchestrator.scoring import evaluate_global
 from orchestrator.selection import build_selector
 from orchestrator.soundness import check_head, check_strategy, check_stream
 from orchestrator.state import RunState
+from orchestrator.summing import summing
 
 
 def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Federation, BaseInfo]:
@@ -56,6 +58,12 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
     private = spending(strategy, config, len(members))
     if private:
         emit("privacy_planned", told(private))
+    local = local_spending(strategy, config, len(members))
+    if local:
+        emit("local_privacy_planned", {"text": local.words(), "delta": local.accountant.delta})
+    heaviest = max(member.num_examples for member in members)
+    if sums := summing(strategy, config, ranks, heaviest):
+        emit("secure_sum_planned", {**asdict(sums), "text": sums.words()})
     check_rank(base.sites, rank)
     merging = build_merging(config.continual.merge) if config.continual else None
     if merging:
@@ -102,6 +110,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         probe=base.task if config.evaluation.probe else "",
         forgetting=config.forgetting,
         spending=private,
+        local=local,
     )
     if fed.fleet:
         emit("fleet", fed.fleet.describe())

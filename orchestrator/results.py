@@ -69,6 +69,7 @@ def finish(
         "stream": describe_stream(state.stream, fed.course) if state.stream and fed.course else None,
         "shards": (state.row or {}).get("shards"),
         "privacy": private,
+        "local_privacy": fed.local.spent(state.records) if fed.local else None,
         "bytes_up": state.totals.bytes_up,
         "bytes_down": state.totals.bytes_down,
         "wall_s": round(time.perf_counter() - began, 3),

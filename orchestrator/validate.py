@@ -24,12 +24,14 @@ from fedlora.plugins import load_plugins
 from fedlora.training.model import check_length, device_of, dtype_of, find_saved, find_sites, outline
 from orchestrator.budget import Outline, budget
 from orchestrator.console import describe_attack
+from orchestrator.local_privacy import local_spending
 from orchestrator.opening import check_named
 from orchestrator.privacy import spending
 from orchestrator.selection import build_selector
 from orchestrator.shards import shard_configs
 from orchestrator.soundness import check_head, check_shards, check_strategy
 from orchestrator.stores.files import check_folder
+from orchestrator.summing import summing
 
 
 def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
@@ -68,7 +70,11 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
             check_shards(strategy, config)
             if private := spending(strategy, config, len(corpus.shards)):
                 facts["privacy"] = private.planned_words()
+            if local := local_spending(strategy, config, len(corpus.shards)):
+                facts["local"] = local.words()
             ranks, _ = served = serve_ranks(strategy, ranks, config.lora.r)
+            if sums := summing(strategy, config, ranks, rows[-1]):
+                facts["secure"] = sums.words()
         facts["ranks"] = ", ".join(
             f"{rank} ({count} clients)" for rank, count in sorted(Counter(ranks.values()).items())
         )

@@ -121,6 +121,13 @@ class PoolSuite:
         assert "nobody" in (replies.pop("nobody").error or "")
         assert all(reply.payload is not None for reply in replies.values())
 
+    def test_every_message_is_answered_and_one_that_nobody_understands_costs_nothing(self, pool: ClientPool) -> None:
+        replies = pool.exchange({member.id: b"?" for member in pool.members()})
+        assert sorted(replies) == sorted(member.id for member in pool.members())
+        for client, reply in replies.items():
+            assert (reply.client, reply.payload) == (client, None)
+            assert "has no privacy.secure_sum" in (reply.error or "")
+
     def test_scores_come_in_the_order_of_the_tasks_and_shards_add_up(self, pool: ClientPool) -> None:
         payload = tasks_for(pool)[2].adapter
         whole, *shards = pool.evaluate([EvalTask("", payload), *(EvalTask("", payload, i, 3) for i in range(3))])

@@ -66,6 +66,11 @@ class Traits:
     writes_head: bool = False
     private: bool = False
 
+    @property
+    def takes_means(self) -> bool:
+        """Whether clients that received the same may all send the mean of their changes, and nothing is lost."""
+        return self.linear and self.fixed_gauge and self.weighted and not self.patches_base
+
 
 @dataclass(frozen=True)
 class RoundContext:

@@ -13,7 +13,7 @@ from fedlora.adapter.state import AdapterState
 from fedlora.aggregation.averaging import RBLA, require_equal_ranks
 from fedlora.aggregation.base import Aggregate, Contribution, RoundContext, State, Strategy
 from fedlora.aggregation.combine import part_of
-from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, part
+from fedlora.aggregation.wrapper import WRAPPERS, Wrapper, described, looks_at_single_updates, part
 from fedlora.errors import ConfigError
 from fedlora.privacy.accountant import Accountant
 from fedlora.protocol import ClientInfo
@@ -128,7 +128,7 @@ def _require_sound(inner: Strategy) -> None:
             "strategy: rbla divides each component by the clients that have it, and dp by the planned number alone,"
             " which hides who answered; use zero_pad"
         )
-    if not (rule.traits.linear and rule.traits.fixed_gauge and rule.traits.weighted) or rule.traits.patches_base:
+    if not rule.traits.takes_means:
         raise ConfigError(
             f"strategy: dp adds noise to a sum of factor changes, and {rule.name} is no mean of those in a fixed basis;"
             f" {use}"
@@ -148,7 +148,7 @@ def _require_sound(inner: Strategy) -> None:
                 f"strategy: with {layer.name} clients send tensors beside the factors, and dp has no noise for these;"
                 " leave it out, or use fedprox"
             )
-    if odd := [one.name for one in wrappers if isinstance(one, Wrapper) and type(one).prepare is not Wrapper.prepare]:
+    if odd := [wrapper.name for wrapper in wrappers if looks_at_single_updates(wrapper)]:
         raise ConfigError(
             f"strategy: {odd[0]} looks at single updates, and behind dp there is their sum alone; leave {odd[0]} out"
         )

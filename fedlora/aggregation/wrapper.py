@@ -67,6 +67,11 @@ class Wrapper(Strategy):
         return [self, *self.inner.layers()]
 
 
+def looks_at_single_updates(layer: Strategy) -> bool:
+    """Whether a wrapper changes, leaves out or weighs single updates before the rule sees them."""
+    return isinstance(layer, Wrapper) and type(layer).prepare is not Wrapper.prepare
+
+
 def require_whole_cohort(name: str, inner: Strategy) -> None:
     """Raise ``ConfigError`` if a layer inside needs every client's extra tensors, which ``name`` would leave out."""
     layers = inner.layers()

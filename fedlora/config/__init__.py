@@ -5,6 +5,7 @@ arguments.
 """
 
 from fedlora.config.forgetting import ForgettingConfig
+from fedlora.config.privacy import LocalPrivacyConfig, PrivacyConfig, SecureSumConfig
 from fedlora.config.reading import differences, known_keys, load_config, parse_config
 from fedlora.config.run import RunConfig
 from fedlora.config.sections import (
@@ -29,9 +30,12 @@ __all__ = [
     "Distribution",
     "FleetConfig",
     "ForgettingConfig",
+    "LocalPrivacyConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SecureSumConfig",
     "StreamTaskConfig",
     "TrainingConfig",
     "differences",

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fedlora.config.federation import FederationConfig
 from fedlora.config.forgetting import ForgettingConfig
+from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.sections import (
     AdmissionConfig,
     AttackConfig,
@@ -47,6 +48,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wire: WireConfig = WireConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     admission: AdmissionConfig = AdmissionConfig()
     attack: AttackConfig | None = None
     strategy: str | dict[str, dict[str, Any] | None] | list[str | dict[str, dict[str, Any] | None]] = Field(

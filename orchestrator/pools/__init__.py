@@ -9,6 +9,15 @@ from fedlora.protocol import ClientPool, TrainTask
 
 def open_pool(config: RunConfig) -> ClientPool:
     """The pool a configuration asks for, with its workers ready."""
+    if config.privacy.secure_sum:
+        from orchestrator.pools.secure import SecurePool
+
+        measured = config.privacy.local is None
+        return SecurePool(_open(config), config.privacy.secure_sum, config.weighting == "uniform", measured)
+    return _open(config)
+
+
+def _open(config: RunConfig) -> ClientPool:
     if config.pool == "ray":
         from orchestrator.pools.ray import RayPool  # only a run on Ray pays for importing it
 

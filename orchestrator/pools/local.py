@@ -6,10 +6,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from clients.attempt import OpenRuntime, attempt_together
+from clients.attempt import OpenRuntime, answer, attempt_together
 from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
@@ -42,6 +42,15 @@ class LocalPool:
         check_one_each(tasks, {task.client for cohort in self._queue for task in cohort})
         self._queue.extend(self._cohorts(tasks) if timeout_s is None else ((task,) for task in tasks))
         return self._replies(timeout_s)
+
+    def exchange(self, messages: Mapping[str, bytes], timeout_s: float | None = None) -> Mapping[str, Reply]:
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        replies = {}
+        for client, message in messages.items():
+            if ends is not None and time.monotonic() >= ends:
+                break
+            replies[client] = answer(self._runtime, client, message)
+        return replies
 
     def abandon(self, clients: Collection[str]) -> None:
         left = (tuple(task for task in cohort if task.client not in clients) for cohort in self._queue)

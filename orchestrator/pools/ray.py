@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby, islice
 from typing import Any
@@ -24,6 +24,7 @@ from orchestrator.pools import check_one_each
 from orchestrator.pools.balance import Pace, call_size, training_flops
 from orchestrator.pools.cohorts import Division
 from orchestrator.pools.crew import EXAMINE_S, Crew, Worker, connect, first_line
+from orchestrator.pools.post import deliver
 from orchestrator.pools.shelf import Shelf, ledger_of
 
 import ray  # isort: skip - after crew, which sets what Ray reads when it is imported
@@ -140,6 +141,9 @@ class RayPool:
         self._out.queue = deque(sorted(jobs, key=lambda job: (not job.alone, -costs[job.cohort], job.cohort)))
         return self._replies(timeout_s)
 
+    def exchange(self, messages: Mapping[str, bytes], timeout_s: float | None = None) -> Mapping[str, Reply]:
+        return deliver(self._crew, self._free, messages, self._config.ray.task_retries, timeout_s)
+
     def abandon(self, clients: Collection[str]) -> None:
         gone = [job for job in self._out.queue if job.trains in clients]
         self._out.queue = deque(job for job in self._out.queue if job.trains not in clients)
@@ -231,9 +235,20 @@ class RayPool:
                 self._crew.greet([reference])
         self._hand_out(together)
 
-    def _hand_out(self, together: bool) -> None:
+    def _free(self, wait_s: float) -> list[Worker]:
+        """Workers that have nothing to do; waits so long for one where there is none."""
+        if not self._idle():
+            self._advance(wait_s, False)
+        for worker in filter(self._crew.is_dead, self._idle()):
+            self._crew.lose(worker)
+        return self._idle()
+
+    def _idle(self) -> list[Worker]:
         busy = {call.worker for call in self._out.calls.values()}
-        for worker in [worker for worker in self._crew.live if worker not in busy]:
+        return [worker for worker in self._crew.live if worker not in busy]
+
+    def _hand_out(self, together: bool) -> None:
+        for worker in self._idle():
             if not self._out.queue:
                 return
             if self._crew.is_dead(worker):

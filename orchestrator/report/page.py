@@ -167,6 +167,9 @@ def _key_figures(run: _Run) -> str:
     if privacy := end.get("privacy"):
         why = f"; the budget of {privacy['budget']:g} ended the run" if privacy["ended_by_budget"] else ""
         figures.append(("Epsilon", decimal(privacy["epsilon"]), f"at delta {privacy['delta']:g}, for a client{why}"))
+    if local := end.get("local_privacy"):
+        about = f"at delta {local['delta']:g}, for the client asked most often"
+        figures.append(("Local epsilon", decimal(local["epsilon"]), about))
     hashes = [("Adapter SHA-256", "adapter_sha256"), ("Configuration SHA-256", "config_sha256")]
     tile = "<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>".format
     tiles = [tile(*map(escape, figure)) for figure in figures]

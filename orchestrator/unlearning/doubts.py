@@ -36,6 +36,8 @@ def doubts_about(folder: Path, config: RunConfig, rows: Sequence[Mapping[str, An
     loose = schedule.mode == "async" or schedule.deadline_s is not None or schedule.over_selection > 1
     if loose and config.fleet is None:
         doubts.append("which answers came in time was left to a real clock")
+    if config.privacy.local and config.privacy.local.noise == "secret":
+        doubts.append("privacy.local: noise is secret, and clients of another run draw other noise")
     lost = [row["round"] for row in rows if row["round"] <= start and (row["failed"] or row["late"])]
     if lost and config.fleet is None:
         doubts.append(f"clients failed or were late in round {lost[0]}, which another run need not repeat")

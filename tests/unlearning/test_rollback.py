@@ -56,6 +56,7 @@ def asked(folder: Path) -> list[list[str]]:
         pytest.param("scaffold", {}, marks=pytest.mark.slow),
         pytest.param("scaffold", STREAM, marks=pytest.mark.slow),
         pytest.param("dp", {"weighting": "uniform"}, marks=pytest.mark.slow),
+        pytest.param("fedit", {"privacy__secure_sum": {}, "clients__per_round": 5}, marks=pytest.mark.slow),
         pytest.param("zero_pad", {"wire": {"up": "int8", "error_feedback": True}}, marks=pytest.mark.slow),
     ],
 )
