@@ -162,7 +162,7 @@ class SharedRuntime(ClientRuntime):
         self._shared = {}
 
     def _learn(self, task: TrainTask, examples: Sequence[Example] | None = None, trains: bool = True) -> Learned:
-        own = self._examples("train", task.client).examples
+        own = self.rows.examples("train", task.client).examples
         if task.round > 1 or not trains or (examples is not None and examples is not own):
             return super()._learn(task, examples, trains)
         key = (task.client, task.received)

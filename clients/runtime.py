@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import resource
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 import fedlora.continual.distillation
@@ -25,11 +23,10 @@ import fedlora.continual.subspace  # noqa: F401 - these register their local met
 from clients.attacks import Assault, mount
 from clients.forget import rows_to_forget
 from clients.lesson import Learned, Lesson, with_personal
-from clients.live import open_live
 from clients.noise import LocalNoise
 from clients.private_state import Private, PrivateState
 from clients.probe import Probe
-from clients.ranks import assign_ranks
+from clients.rows import ClientRows
 from clients.secure import SecureClient
 from clients.specs import adapter_spec, base_spec, task_of
 from clients.stopwatch import Stopwatch
@@ -40,9 +37,6 @@ from fedlora.adapter.rank import pad
 from fedlora.adapter.wire import decode_adapter, decode_parcel, decode_update, encode_update
 from fedlora.aggregation.combine import make_delta
 from fedlora.config import ForgettingConfig, RunConfig, TrainingConfig
-from fedlora.continual.course import Course
-from fedlora.continual.replay import kept_rows, met_rows
-from fedlora.continual.stream import Task, labels_of, open_stream
 from fedlora.data.partition import Corpus
 from fedlora.data.text import Encoded, Example, encode
 from fedlora.errors import DataError, FedLoRAError, SecureSumError
@@ -61,8 +55,6 @@ from fedlora.training.stacked import why_not
 from fedlora.unlearning.forgetting import ForgetWork, unlearn
 from fedlora.unlearning.recipe import recipe_of
 
-LATE_S = 30.0  # how long a worker waits for rows that the server has seen
-
 
 class ClientRuntime:
     """Executes tasks of any client of a run against one copy of the base model."""
@@ -72,14 +64,10 @@ class ClientRuntime:
         load_plugins(config.plugins)
         if threads:
             torch.set_num_threads(threads)
-        self.stream = open_stream(config.data, config.continual, config.clients.count, config.seed, config.model.task)
-        self.corpus: Corpus = self.stream.corpus
-        self._live = open_live(config, self.corpus)
-        self._course = Course.of(config.continual, config.seed) if config.continual else None
+        self.rows = ClientRows(config, self._encode)
         self.base_loads = 0
         self._watch = Stopwatch()
         self._adapted: AdaptedModel | None = None
-        self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._probe = Probe(config)
         self._features: dict[tuple[str, str, int | None], Tensor] = {}
         self._assault = mount(config.attack, list(self.corpus.shards), len(self.corpus.labels), config.seed)
@@ -90,23 +78,12 @@ class ClientRuntime:
 
     def members(self) -> list[ClientInfo]:
         """Every client of the run, with its rank and what it holds."""
-        clients = list(self.corpus.shards)
-        settings = self._config.clients
-        ranks = assign_ranks(clients, settings.ranks, self._config.lora.r, settings.declared, self._config.seed)
-        return [
-            ClientInfo(
-                id=client,
-                rank=ranks[client],
-                num_examples=len(self.corpus.shards[client]),
-                num_heldout=self._cut(len(self.corpus.heldout[client])),
-                label_counts=self.corpus.label_counts(client),
-                stages=tuple(
-                    (len(task.shards.get(client, ())), self._cut(len(task.heldout.get(client, ()))))
-                    for task in self.stream.tasks
-                ),
-            )
-            for client in clients
-        ]
+        return self.rows.members()
+
+    @property
+    def corpus(self) -> Corpus:
+        """Every row of the run."""
+        return self.rows.corpus
 
     def base(self) -> BaseInfo:
         """The base model that all clients share."""
@@ -173,8 +150,10 @@ class ClientRuntime:
     def _can_share(self, task: TrainTask) -> bool:
         """Whether a client can be one of a cohort."""
         hostile = self._assault is not None and task.client in self._assault.group
-        awaited = self._live is not None and not self._live.has(task.round)  # it waits for its rows once, not twice
-        return not (hostile or awaited or task.forget is not None or MethodStack(task.plan.methods).alone)
+        # whoever waits for its rows waits once, not twice
+        return not (
+            hostile or self.rows.awaited(task) or task.forget is not None or MethodStack(task.plan.methods).alone
+        )
 
     def _answer(self, task: TrainTask, learned: Learned) -> bytes:
         """Wire bytes of an update; what the client keeps is saved before."""
@@ -215,15 +194,15 @@ class ClientRuntime:
         parameters = name_parameters(model, name, task.plan.train)
         begun = start_from(start, parameters, adapted.spec.scaling, task.plan.send)
         begun = replace(begun, extras=extras, kept=private.methods, frozen=partial(frozen, task.ledger))
-        rows = self._own(task)
+        rows = self.rows.own(task)
         buffer = self._replayed(task, model)
         examples = [*rows.examples, *buffer] if examples is None else examples
         options = self._config.training
         decayed = options.learning_rate * options.round_decay ** (task.round - 1)
         options = options.model_copy(update={"learning_rate": decayed})
-        labels = self._competing(task, examples)
+        labels = self.rows.competing(task, examples)
         pad_token_id = adapted.base.tokenizer.pad_token_id
-        local = Local(model, parameters, examples, pad_token_id, labels, self._earlier(task), task.seed)
+        local = Local(model, parameters, examples, pad_token_id, labels, self.rows.earlier_labels(task), task.seed)
         memory = methods.begin(replace(begun, local=local))
         fresh = self._fresh_loss(local, rows.examples) if buffer else None
         seen = len(rows.examples), rows.dropped, fresh
@@ -270,7 +249,7 @@ class ClientRuntime:
     def _attack(self, assault: Assault, task: TrainTask) -> Learned:
         """What an attacker comes to."""
         attack = assault.attack
-        own = [*self._own(task).examples, *self._replayed(task)]
+        own = [*self.rows.own(task).examples, *self._replayed(task)]
         scene = assault.scene(task, lambda: self._honest_deltas(assault, task))
         examples = attack.examples(own, scene)
         if attack.colludes and examples is own:
@@ -289,8 +268,7 @@ class ClientRuntime:
                 continue
             with contextlib.suppress(FedLoRAError):
                 theirs = assault.task_of(client, task)
-                if self._course is not None:
-                    theirs = replace(theirs, stage=self._course.after(task.ended).task_of(client, task.round))
+                theirs = replace(theirs, stage=self.rows.stage_of(client, task))
                 deltas.append(self._honest(theirs).delta)
         return deltas
 
@@ -336,7 +314,7 @@ class ClientRuntime:
             if task.features:
                 return self._measured(task, model)
             kind = "heldout" if task.subject else "test"
-            examples = self._examples(kind, task.subject, task.stage).examples
+            examples = self.rows.examples(kind, task.subject, task.stage).examples
         except DataError as error:
             if not task.subject:
                 raise
@@ -346,7 +324,7 @@ class ClientRuntime:
             places = nearest(self._features_of(kind, task, model), task.prototypes)
             rows = [row for row in rows if places[row] == task.route]
         size, pad_token_id = self._config.training.per_device_eval_batch_size, adapted.base.tokenizer.pad_token_id
-        chosen, among = [examples[row] for row in rows], self._scored_among(task)
+        chosen, among = [examples[row] for row in rows], self.rows.scored_among(task)
         return evaluate(model, chosen, size, pad_token_id, adapted.base.device, task.subject, among)
 
     def _measured(self, task: EvalTask, model: Any) -> EvalResult:
@@ -359,7 +337,7 @@ class ClientRuntime:
         key = kind, task.subject, task.stage
         if key not in self._features:
             base, size = self._model().base, self._config.training.per_device_eval_batch_size
-            examples = self._examples(*key).examples
+            examples = self.rows.examples(*key).examples
             self._features[key] = features(model, examples, size, base.tokenizer.pad_token_id, base.device)
         return self._features[key]
 
@@ -374,7 +352,7 @@ class ClientRuntime:
             base = self._load()
             check_length(base.model, self._config.data.max_length)
             settings, corpus = self._config.training, self.corpus
-            rows = 0 if self._live else len(corpus.train) + len(corpus.test)  # of live rows there is no end
+            rows = 0 if self.rows.live else len(corpus.train) + len(corpus.test)  # of live rows there is no end
             memory = settings.prefix_cache_gb * 2**30, rows * self._config.data.max_length
             self._adapted = AdaptedModel(base, adapter_spec(self._config), *memory)
         return self._adapted
@@ -384,16 +362,6 @@ class ClientRuntime:
         with self._watch.on("load"):
             return load_base(base_spec(self._config, task_of(self._config, self.corpus), self.corpus.labels))
 
-    def _competing(self, task: TrainTask, examples: Sequence[Example]) -> tuple[int, ...]:
-        """The labels that compete in the loss of a task, those of its rows always among them; none for all."""
-        settings = self._config.continual
-        if self._course is None or settings is None or settings.loss_labels == "all" or task.stage is None:
-            return ()
-        met = {task.stage} if settings.loss_labels == "task" else self._met(task)
-        labels = labels_of(self.stream, met)
-        present = {example.labels for example in examples if isinstance(example.labels, int)}
-        return tuple(sorted({*labels, *present})) if labels else ()
-
     def _fresh_loss(self, local: Local, rows: Sequence[Example]) -> float:
         """The loss of what was received on a batch of the present task: rows of a buffer say nothing of a change."""
         size = self._config.training.per_device_train_batch_size
@@ -401,113 +369,28 @@ class ClientRuntime:
         device = next(iter(local.parameters.values())).device
         return evaluate(local.model, batch, size, local.pad_token_id, device, labels=local.labels).loss
 
-    def _earlier(self, task: TrainTask) -> tuple[int, ...] | None:
-        """The labels a client has met before its present task; None where they are the same in every task."""
-        settings = self._config.continual
-        apart = settings is not None and settings.scenario != "domain" and self.corpus.labels and not self._live
-        if self._course is None or task.stage is None or not apart:
-            return None
-        return labels_of(self.stream, self._met(task) - {task.stage})
-
-    def _met(self, task: TrainTask) -> frozenset[int]:
-        """The tasks of the stream that a client has met up to and with its present one."""
-        assert self._course is not None
-        return self._course.after(task.ended).met_by(task.client, task.round)
-
     def _replayed(self, task: TrainTask, model: Any = None) -> list[Example]:
         """What the client trains on beside its present task: its buffer of earlier ones.
 
         Args:
             model: as received, which says what is hard; without it, a buffer of hard rows is one of any rows.
         """
-        settings = self._config.continual
-        if self._course is None or settings is None or not settings.replay or task.stage is None:
+        replay = self._config.continual and self._config.continual.replay
+        if not replay or task.stage is None:
             return []
-        replay = settings.replay
-        earlier = self._met(task) - {task.stage}
         choosing = replay.hard and model is not None
-        size = replay.rows * (HARD_POOL if choosing else 1)
-        if self._live:
-            examples = self._buffer(self._live.earlier(task.client, task.round), task.client, size).examples
-        else:
-            key = "replay", task.client, size, tuple(sorted(earlier))
-            if key not in self._encoded:
-                mine = met_rows(self.stream.tasks, earlier, task.client)
-                self._encoded[key] = self._buffer(mine, task.client, size)
-            examples = self._encoded[key].examples
+        examples = self.rows.buffer(task, replay.rows * (HARD_POOL if choosing else 1)).examples
         if not choosing or len(examples) <= replay.rows:
             return examples
         base, batch_size = self._model().base, self._config.training.per_device_eval_batch_size
-        labels = self._competing(task, examples)
+        labels = self.rows.competing(task, examples)
         return hardest(examples, replay.rows, model, batch_size, base.tokenizer.pad_token_id, base.device, labels)
-
-    def _buffer(self, mine: Sequence[int], client: str, size: int) -> Encoded:
-        """So many of the rows a client has met, as tokens."""
-        settings, live, train = self._config.continual, self._live, self.corpus.train
-        assert settings is not None
-        assert settings.replay is not None
-        labels: Mapping[int, str] | None = None
-        if settings.replay.balanced:
-            found = (row["label"] for row in live.rows(mine)) if live else train.select(mine)["label"][:]
-            labels = dict(zip(mine, found, strict=True))
-        rows = kept_rows(mine, client, size, labels, self._config.seed)
-        return self._encode(live.rows(rows) if live else train.select(rows).to_list(), f"buffer of {client}")
-
-    def _scored_among(self, task: EvalTask) -> tuple[int, ...]:
-        """The labels that a test row is scored against; none for all."""
-        settings = self._config.continual
-        if settings is None or task.stage is None or settings.scenario == "domain":
-            return ()
-        # a row of a task nobody has met yet is scored against that task's labels too
-        return labels_of(self.stream, {task.stage} | (task.met if settings.scenario == "class" else set()))
-
-    def _cut(self, rows: int) -> int:
-        """Held-out rows of which only so many are looked at."""
-        limit = self._config.evaluation.max_rows_per_client
-        return rows if limit is None else min(rows, limit)
-
-    def _own(self, task: TrainTask) -> Encoded:
-        """Tokens of the rows that a task trains on."""
-        live = self._live
-        if live is None:
-            return self._examples("train", task.client, task.stage)
-        given_up = time.monotonic() + LATE_S
-        while not live.has(task.round):  # a file system may show a file here later than elsewhere
-            if time.monotonic() >= given_up:
-                raise DataError(f"continual.live: only {live.come} rows of {live.origin} are to be seen here")
-            time.sleep(0.2)
-        if task.seen not in ("", live.sha256(task.round)):
-            raise DataError(f"continual.live: the rows of {live.origin} are others here than the server sees")
-        places = live.present(task.client, task.round)
-        if not places:
-            raise DataError(f"client {task.client} has no rows to train on in round {task.round}")
-        return self._encode(live.rows(places), f"rows of {task.client}")
-
-    def _examples(self, kind: str, client: str, stage: int | None = None) -> Encoded:
-        """Tokens of a client's ``train`` or ``heldout`` rows, or of the server's ``test`` rows; made once."""
-        if (kind, client, stage) not in self._encoded:
-            where = f"{kind} rows of {client}" if client else "test rows"
-            where += "" if stage is None else f" of task {self.stream.tasks[stage].name}"
-            self._encoded[kind, client, stage] = self._encode(self._table(kind, client, stage).to_list(), where)
-        return self._encoded[kind, client, stage]
 
     def _encode(self, rows: Sequence[dict[str, Any]], where: str) -> Encoded:
         corpus, limit = self.corpus, self._config.data.max_length
         tokenizer = self._model().base.tokenizer
         with self._watch.on("tokenise"):
             return encode(rows, corpus.form, tokenizer, limit, corpus.labels, where)
-
-    def _table(self, kind: str, client: str, stage: int | None) -> Dataset:
-        corpus = self.corpus
-        rows: Corpus | Task = corpus if stage is None else self.stream.tasks[stage]
-        if kind == "test":
-            return corpus.test if isinstance(rows, Corpus) else corpus.test.select(rows.test)
-        if kind == "heldout":
-            own = rows.heldout.get(client, ())
-            return corpus.train.select(own[: self._cut(len(own))])
-        if not rows.shards.get(client):
-            raise DataError(f"client {client} has no rows to train on")
-        return corpus.train.select(rows.shards[client])
 
 
 def _needs_private(plan: TrainPlan) -> bool:

@@ -25,4 +25,6 @@ def local(toy: Callable[..., RunConfig]) -> Local:
     }
     insert(model, "r4", AdapterState(pairs, base.dense))
     parameters = name_parameters(model, "r4", frozenset({"A", "B", "dense"}))
-    return Local(model, parameters, runtime._examples("train", "c0").examples[:3], adapted.base.tokenizer.pad_token_id)
+    return Local(
+        model, parameters, runtime.rows.examples("train", "c0").examples[:3], adapted.base.tokenizer.pad_token_id
+    )

@@ -171,7 +171,7 @@ def rounds(toy: Toy) -> Callable[..., Iterator[Any]]:
 def whole_means(config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Means of the base's own features over all clients' training rows, which labels have any, and the covariance."""
     runtime = ClientRuntime(config)
-    rows = [row for member in runtime.members() for row in runtime._examples("train", member.id).examples]
+    rows = [row for member in runtime.members() for row in runtime.rows.examples("train", member.id).examples]
     info = runtime._model().info()
     model = runtime._model().at_rank(1)
     insert(model, "r1", initial_adapter(info.sites, info.dense, 1, 0))

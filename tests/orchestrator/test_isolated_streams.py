@@ -135,7 +135,7 @@ def test_a_row_can_find_its_adapter_by_the_nearest_prototype(toy: Toy) -> None:
             for route, payload in enumerate(payloads)
         ]
         total = parts[0] + parts[1]
-        assert total.num_examples == len(runtime.stream.tasks[task].test)  # every row once
+        assert total.num_examples == len(runtime.rows.stream.tasks[task].test)  # every row once
         totals.append(total)
     assert [total.accuracy for total in totals] == summary["stream"]["rows"][-1]
     assert (totals[0] + totals[1]).loss == pytest.approx(summary["final"]["loss"], abs=1e-9)

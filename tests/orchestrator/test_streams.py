@@ -61,9 +61,9 @@ def test_clients_train_on_the_rows_of_the_present_task_only(toy: Toy) -> None:
     for client in runtime.members():
         assert sum(train for train, _ in client.stages) == client.num_examples
         for stage, (count, _) in enumerate(client.stages):
-            assert len(runtime._examples("train", client.id, stage).examples) == count
-            found = {example.labels for example in runtime._examples("train", client.id, stage).examples}
-            assert found <= set(runtime.stream.tasks[stage].labels)
+            assert len(runtime.rows.examples("train", client.id, stage).examples) == count
+            found = {example.labels for example in runtime.rows.examples("train", client.id, stage).examples}
+            assert found <= set(runtime.rows.stream.tasks[stage].labels)
 
 
 def test_who_has_no_rows_of_a_task_is_not_asked_in_its_rounds(toy: Toy) -> None:
@@ -168,7 +168,7 @@ def test_a_buffer_brings_the_rows_of_earlier_tasks_into_later_rounds(toy: Toy) -
     assert runtime._replayed(task) == []
     later = runtime._replayed(replace(task, round=3, stage=1))
     assert len(later) == 6
-    assert {example.labels for example in later} <= set(runtime.stream.tasks[0].labels)
+    assert {example.labels for example in later} <= set(runtime.rows.stream.tasks[0].labels)
     assert launch.run(config, quiet)["status"] == "finished"
 
 
@@ -182,7 +182,7 @@ def test_hard_rows_are_those_of_four_times_as_many_that_the_received_model_gets_
         model.get_submodule("base_model.model.classifier").modules_to_save["r2"].bias[0] += 5.0  # all is label 0 now
     sixteen = stream_of(toy, continual={"replay": {"rows": 16}, "loss_labels": "met"})
     pool, chosen = ClientRuntime(sixteen)._replayed(task), runtime._replayed(task, model)
-    device, labels = runtime._model().base.device, runtime._competing(task, [])
+    device, labels = runtime._model().base.device, runtime.rows.competing(task, [])
     losses = [evaluate(model, [row], 1, 0, device, labels=labels).loss for row in pool]
     hard = [row in chosen for row in pool]
     assert (len(pool), sum(hard)) == (16, 4)
@@ -218,7 +218,7 @@ def test_a_head_of_class_means_grows_with_the_labels_of_a_stream(toy: Toy, rule:
     assert state is not None
     runtime = ClientRuntime(config)
     rows = read_lines(Path(config.output_dir) / "metrics.jsonl")
-    first, second = (len(task.labels) for task in runtime.stream.tasks)
+    first, second = (len(task.labels) for task in runtime.rows.stream.tasks)
     # the freeze after the second round keeps every mean
     assert [row["strategy"]["labels_with_a_mean"] for row in rows] == [first, first, first + second, first + second]
     assert summary["stream"]["freezes"] == [2]
