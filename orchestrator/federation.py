@@ -61,6 +61,7 @@ class Federation:
         keep: called with what every round's aggregation was given, before the round is committed; None without a log.
         forgetting: rounds in which owners of rows forget them, and nobody learns.
         packing: how the values of updates travel.
+        masked: whether they travel under masks, as integers of 64 bits.
         spending: what differential privacy costs; None without.
         local: what the noise of the clients' own comes to; None without.
         out: round of the task each client has from this process and has not answered.
@@ -98,6 +99,7 @@ class Federation:
     keep: Callable[[RoundContext, RunState, Sequence[Used]], None] | None = None
     forgetting: Sequence[ForgettingConfig] = ()
     packing: Packing = PLAIN
+    masked: bool = False
     spending: Spending | None = None
     local: LocalSpending | None = None
     out: dict[str, int] = field(default_factory=dict)

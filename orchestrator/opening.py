@@ -89,6 +89,7 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         weighting=config.weighting,
         max_update_norm=config.admission.max_update_norm,
         packing=Packing(config.wire.up, config.wire.top_k),
+        masked=config.privacy.secure_sum is not None,
         evaluate_every=config.evaluation.every,
         evaluate_clients=config.evaluation.per_client,
         ledger_rank=config.ledger.max_rank,

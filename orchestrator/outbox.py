@@ -113,7 +113,8 @@ class Outbox:
         flight = Flight(ctx.round, client.id, plan, received, seed, len(self._patches), accepted, now_s, stage=stage)
         if fed.fleet is None or fed.forgets(ctx.round) is not None or fed.fleet.drops_out(client.id, ctx.round):
             return flight  # owners are waited for: no simulated device decides whether something is forgotten
-        down, up = len(self._payloads[received]), self.expectation(flight).form.num_bytes
+        down = len(self._payloads[received])
+        up = self.expectation(flight).form.num_bytes * (2 if fed.masked else 1)
         examples = examples_of(client.num_examples, fed.training)
         return replace(flight, due_s=now_s + fed.fleet.seconds(client.id, ctx.round, examples, down, up))
 

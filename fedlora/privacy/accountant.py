@@ -63,7 +63,7 @@ def _one_round(noise_multiplier: float, sampling: float) -> Any:
         from dp_accounting.pld import privacy_loss_distribution
     except ImportError as error:
         raise ConfigError(
-            "strategy: dp counts epsilon with the package dp-accounting, which is not installed;"
+            "dp and privacy.local count epsilon with the package dp-accounting, which is not installed;"
             " pip install 'fedlora[privacy]'"
         ) from error
     return privacy_loss_distribution.from_gaussian_mechanism(noise_multiplier, sampling_prob=sampling)

@@ -49,11 +49,23 @@ def assert_close(one: Path, other: Path) -> None:
         assert float((tensor - expected[name]).norm()) <= 1e-6 * float(expected[name].norm())
 
 
-@pytest.mark.parametrize("strategy", ["fedit", "rolora", [{"server_momentum": {"beta": 0.9}}, "ffa"]], ids=str)
-def test_a_run_under_secure_sums_ends_with_the_adapter_of_the_plain_run(tmp_path: Path, strategy: Any) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "fedit"},
+        pytest.param({"strategy": "rolora"}, marks=pytest.mark.slow),
+        pytest.param({"strategy": [{"server_momentum": {"beta": 0.9}}, "ffa"]}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fedit", "fleet": {"dropout": 0.2}}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fedit", "weighting": "uniform", "training__cohort_size": 3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_under_secure_sums_ends_with_the_adapter_of_the_plain_run(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     # AdamW's first steps are hardly more than signs, which makes 1e-5 of what the two round differently
     steps = {"training__optim": "sgd", "training__learning_rate": 0.5}
-    same = {"strategy": strategy, "clients__ranks": [4], "clients__per_round": 4, **steps}
+    same = {"clients__ranks": [4], "clients__per_round": 5, **steps, **changes}
     launch.run(toy_config(tmp_path / "plain", **same), quiet)
     summary = launch.run(toy_config(tmp_path / "secure", **{**SECURE, **same}), quiet)
     assert_close(tmp_path / "secure", tmp_path / "plain")
