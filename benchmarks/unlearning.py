@@ -320,7 +320,7 @@ def table(rows: Mapping[str, dict[str, Any]], name: str) -> str:
         if not lines:
             continue
         if failed := next((line["error"] for line in lines if "error" in line), None):
-            text.append(f"| {action} |{' |' * len(heads)} {failed} |")
+            text.append(f"| {action} |{' |' * len(heads)} {failed.split(': ', 1)[-1].split(';')[0]} |")
             continue
         shown = [
             f"{statistics.fmean(scale * line[key] for line in lines):.{digits}f}"

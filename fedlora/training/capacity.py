@@ -12,14 +12,14 @@ from fedlora.data.text import Example
 from fedlora.training.batches import collate
 from fedlora.training.objective import targets_and_logits
 
-CPU_BYTES = 3 << 29  # of one pass
+CPU_BYTES = 3 << 28  # of one pass
 CPU_ROWS, GPU_ROWS = 64, 1024  # more rows bring nothing: the matrix products fill the machine
 CPU_CLIENTS, GPU_CLIENTS = 8, 64  # more gain little, and fewer workers share a round
 _OF_VALUE = 24  # bytes per value of an adapter: its stack, start, gradient, two moments and what a step makes
 
 
 def clients_per_pass(row: int, batch: int, values: int, device: torch.device) -> int:
-    """Clients that fit into 1.5 GiB, or into half the memory of a GPU; at least 1.
+    """Clients that fit into 0.75 GiB, or into half the memory of a GPU; at least 1.
 
     Depends on shapes alone, so that every worker of a kind comes to the same.
 

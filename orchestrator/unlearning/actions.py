@@ -99,6 +99,6 @@ def action_of(request: Request) -> UnlearningAction:
     action = ACTIONS.create(request.action or "rollback", **request.options)
     if request.kind not in action.kinds:
         fitting = [name for name in ACTIONS if request.kind in getattr(ACTIONS[name], "kinds", ())]
-        instead = f"; {request.kind} can be taken out by {', '.join(fitting)}" if fitting else ""
-        raise UnlearningError(f"{action.name} does not take out a {request.kind}{instead}")
+        instead = f"; these do: {', '.join(fitting)}" if fitting else ""
+        raise UnlearningError(f"{action.name} cannot take out a target of kind {request.kind}{instead}")
     return action
