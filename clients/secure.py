@@ -16,9 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from clients.private_state import folder_of, write_private
-from fedlora.aggregation import compose
-from fedlora.aggregation.dp import DP
-from fedlora.config import RunConfig, SecureSumConfig
+from fedlora.config import RunConfig
 from fedlora.errors import SecureSumError
 from fedlora.privacy.clip import shortened
 from fedlora.privacy.messages import (
@@ -62,12 +60,11 @@ class SecureClient:
 
     Args:
         root: where the folders go.
-        uniform: whether all clients weigh the same; otherwise by their rows.
-        longest: Frobenius norm that a change is shortened to before its values are cut; None for any.
+        threshold: share of a sum's clients without whom it must not open, whatever the server would be content with.
     """
 
-    def __init__(self, root: Path, settings: SecureSumConfig, uniform: bool, longest: float | None = None):
-        self._root, self._settings, self._uniform, self._longest = root, settings, uniform, longest
+    def __init__(self, root: Path, threshold: float):
+        self._root, self._threshold = root, threshold
 
     @staticmethod
     def of(config: RunConfig, private: Path) -> SecureClient | None:
@@ -76,11 +73,8 @@ class SecureClient:
         Args:
             private: folder of what clients keep to themselves.
         """
-        if config.privacy.secure_sum is None:
-            return None
-        layers = compose(config.strategy).layers()
-        longest = next((layer.clip for layer in layers if isinstance(layer, DP)), None)
-        return SecureClient(private / "secure", config.privacy.secure_sum, config.weighting == "uniform", longest)
+        settings = config.privacy.secure_sum
+        return SecureClient(private / "secure", settings.threshold) if settings else None
 
     def answer(self, client: str, message: bytes) -> bytes:
         """To one message of the server.
@@ -111,7 +105,7 @@ class SecureClient:
         """
         if not task.mask:
             raise SecureSumError(f"{task.client} sends its change under a mask only, and the task has none")
-        asked, kept = read(AskMasked, task.mask), self._load(task.client)
+        asked, kept = read(AskMasked, task.mask.encode()), self._load(task.client)
         session, own = kept.session, kept.own
         current = session is not None and session.id == asked.session
         if not current or (kept.round, kept.received) != (task.round, task.received):
@@ -119,11 +113,11 @@ class SecureClient:
         assert session is not None
         assert own is not None
         held = collect(kept.secrets, session, task.client, own, asked.shares)
-        weight = 1 if self._uniform else rows
+        weight = rows if session.heaviest > 1 else 1
         if weight > session.heaviest:
             raise SecureSumError(f"its {weight} rows weigh more than the {session.heaviest} that the sum has room for")
-        change = delta if self._longest is None else shortened(delta, self._longest)
-        numbers = to_ring(change, metrics, weight, self._settings.clip, session.total)
+        change = delta if session.longest is None else shortened(delta, session.longest)
+        numbers = to_ring(change, metrics, weight, session.clip, session.total)
         sent = hashlib.sha256("\n".join(sorted(held)).encode() + numbers.tobytes()).hexdigest()
         if kept.sent not in ("", sent):
             raise SecureSumError("has sent another answer under this mask; both would tell their difference")
@@ -138,7 +132,7 @@ class SecureClient:
             raise SecureSumError("the keys that go round as its own are others")
         if len({key for keys in session.keys.values() for key in (keys.shares, keys.masks)}) < 2 * len(session.keys):
             raise SecureSumError("two clients have the same key")
-        least = needed(self._settings.threshold, len(session.keys))
+        least = needed(self._threshold, len(session.keys))
         if not least <= session.threshold <= len(session.keys):
             raise SecureSumError(
                 f"the sum of {len(session.keys)} clients would open with {session.threshold}; this client takes part in"

@@ -132,7 +132,7 @@ class TrainTask:
         ended: the rounds with which tasks of the stream have ended so far, where a rule may end them early.
         seen: SHA-256 of the rows of a live stream up to this round; empty without one.
         forget: the entry of the configuration's ``forgetting`` that is carried out in place of training; None for none.
-        mask: what the client needs to hide its answer in a secure sum; empty where it travels as it is.
+        mask: JSON that a client needs to hide its answer in a secure sum; empty where it travels as it is.
     """
 
     round: int
@@ -147,7 +147,7 @@ class TrainTask:
     ended: tuple[int, ...] = ()
     seen: str = ""
     forget: int | None = None
-    mask: bytes = b""
+    mask: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ class Leaky:
     workers: int = 1
 
     def train(self, tasks: Sequence[TrainTask], timeout_s: float | None = None) -> Iterator[Reply]:
-        self.seen += [task.adapter for task in tasks] + [task.mask for task in tasks]
+        self.seen += [task.adapter for task in tasks] + [task.mask.encode() for task in tasks]
         for reply in self.inner.train(tasks, timeout_s):
             if reply.client in self.lost.get("masked", ()):
                 yield Reply(reply.client, error="lost on the way")

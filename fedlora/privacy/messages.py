@@ -50,7 +50,9 @@ class Session(Message):
     Attributes:
         round, received: of the tasks whose answers are summed.
         threshold: clients without whom nothing is opened.
-        heaviest: the largest weight that one of them may have.
+        heaviest: the largest weight that one of them may have; where that is 1, each has a weight of 1.
+        clip: what values of a change are cut to.
+        longest: Frobenius norm that a change is shortened to before; None for any.
         keys: of every client that is in it; their order is their places from 1 on.
     """
 
@@ -58,6 +60,8 @@ class Session(Message):
     received: Digest
     threshold: Annotated[int, Field(ge=1)]
     heaviest: Annotated[int, Field(ge=1)]
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    longest: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     keys: dict[str, Keys]
 
     @cached_property

@@ -17,6 +17,7 @@ LOSSES = ("loss", "first_loss")  # weighted means
 COUNTS = ("steps", "tokens", "rows", "dropped_rows")  # sums
 CUT = "cut_values"  # how many values of the changes were beyond the clip: a sum as well
 LARGEST_LOSS = 1024.0
+_BESIDE = len(LOSSES) + 1 + len(COUNTS) + 1  # losses, the weight, counts, and how many values were cut
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,7 +38,7 @@ class Summed:
 
 def count_numbers(shapes: Shapes) -> int:
     """Numbers that one client sends for tensors of these shapes."""
-    return sum(map(math.prod, shapes.values())) + len(LOSSES) + len(COUNTS) + 2
+    return sum(map(math.prod, shapes.values())) + _BESIDE
 
 
 def to_ring(delta: Mapping[str, Tensor], metrics: Mapping[str, float], weight: int, clip: float, total: int) -> Ring:
@@ -66,14 +67,14 @@ def to_ring(delta: Mapping[str, Tensor], metrics: Mapping[str, float], weight: i
     )
 
 
-def from_ring(sum: Ring, shapes: Shapes, clients: int, clip: float, total: int) -> Summed:
+def from_ring(opened: Ring, shapes: Shapes, clients: int, clip: float, total: int) -> Summed:
     """Inverse of ``to_ring``, for the sum over so many clients.
 
     Raises:
         SecureSumError: if no such sum can come from clients that play by the rules.
     """
-    size = count_numbers(shapes) - len(LOSSES) - len(COUNTS) - 2
-    numbers, losses, tail = np.split(sum, [size, size + len(LOSSES)])
+    size = count_numbers(shapes) - _BESIDE
+    numbers, losses, tail = np.split(opened, [size, size + len(LOSSES)])
     weight, *counts, cut = (int(number) for number in tail)
     of_changes, of_losses = FixedPoint(clip, total), FixedPoint(LARGEST_LOSS, total)
     sound = clients <= weight <= total and all(number < 1 << 62 for number in (*counts, cut))

@@ -12,8 +12,7 @@ def open_pool(config: RunConfig) -> ClientPool:
     if config.privacy.secure_sum:
         from orchestrator.pools.secure import SecurePool
 
-        measured = config.privacy.local is None
-        return SecurePool(_open(config), config.privacy.secure_sum, config.weighting == "uniform", measured)
+        return SecurePool(_open(config), config)
     return _open(config)
 
 

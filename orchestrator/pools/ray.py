@@ -24,7 +24,7 @@ from orchestrator.pools import check_one_each
 from orchestrator.pools.balance import Pace, call_size, training_flops
 from orchestrator.pools.cohorts import Division
 from orchestrator.pools.crew import EXAMINE_S, Crew, Worker, connect, first_line
-from orchestrator.pools.post import deliver
+from orchestrator.pools.letters import deliver
 from orchestrator.pools.shelf import Shelf, ledger_of
 
 import ray  # isort: skip - after crew, which sets what Ray reads when it is imported

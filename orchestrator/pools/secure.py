@@ -15,8 +15,10 @@ from typing import TypeVar
 import numpy as np
 
 from fedlora.adapter.wire import decode_parcel, encode_update
+from fedlora.aggregation import compose
 from fedlora.aggregation.combine import part_of
-from fedlora.config import SecureSumConfig
+from fedlora.aggregation.dp import DP
+from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, SecureSumError, WireError
 from fedlora.privacy.fixed_point import Ring
 from fedlora.privacy.messages import (
@@ -76,15 +78,16 @@ class _Sum:
 
 
 class SecurePool:
-    """Sums the answers of every call of ``train``; all else is the inner pool's.
+    """Sums the answers of every call of ``train``; all else is the inner pool's."""
 
-    Args:
-        uniform: whether all clients weigh the same; otherwise by their rows, which stay with them.
-        measured: whether clients say what they measured.
-    """
-
-    def __init__(self, inner: ClientPool, settings: SecureSumConfig, uniform: bool, measured: bool = True):
-        self._inner, self._settings, self._uniform, self._measured = inner, settings, uniform, measured
+    def __init__(self, inner: ClientPool, config: RunConfig):
+        assert config.privacy.secure_sum
+        self._inner, self._settings = inner, config.privacy.secure_sum
+        self._uniform = config.weighting == "uniform"
+        self._measured = config.privacy.local is None  # clients say nothing but their change otherwise
+        # the server cannot shorten what it does not see: clients do it for dp
+        layers = compose(config.strategy).layers()
+        self._longest = next((layer.clip for layer in layers if isinstance(layer, DP)), None)
         self._members = {member.id: member for member in inner.members()}
 
     @property
@@ -156,8 +159,15 @@ class SecurePool:
         keys = self._ask(job, dict.fromkeys(job.tasks, asked), Keys)
         job.require(keys, "sent keys")
         heaviest = 1 if self._uniform else max(self._rows(task) for task in job.tasks.values())
-        told = {"round": first.round, "received": first.received, "threshold": job.threshold, "heaviest": heaviest}
-        return Session(**told, keys=keys)
+        return Session(
+            round=first.round,
+            received=first.received,
+            threshold=job.threshold,
+            heaviest=heaviest,
+            clip=self._settings.clip,
+            longest=self._longest,
+            keys=keys,
+        )
 
     def _deal(self, job: _Sum, session: Session) -> dict[str, Sealed]:
         """Everybody's shares, which only their receivers can read."""
@@ -175,7 +185,7 @@ class SecurePool:
         tasks = []
         for client in sealed:
             shares = {other: sealed[other].shares[client] for other in sealed if other != client}
-            mask = AskMasked(session=session.id, shares=shares).encode()
+            mask = AskMasked(session=session.id, shares=shares).encode().decode()
             tasks.append(replace(job.tasks[client], mask=mask))
         total = np.zeros(count, np.uint64)
         for reply in self._inner.train(tasks, job.left_s):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from clients.secure import SecureClient
-from fedlora.config import SecureSumConfig
 from fedlora.errors import SecureSumError
 from fedlora.privacy.messages import (
     AskKeys,
@@ -33,15 +32,15 @@ DELTA = {"q:A": torch.tensor([[0.5, -0.25]])}
 class Circle:
     """Four clients and a server that may ask for anything."""
 
-    def __init__(self, root: Path, **settings: Any):
-        self.clients = SecureClient(root, SecureSumConfig(**settings), uniform=False)
+    def __init__(self, root: Path):
+        self.clients = SecureClient(root, threshold=0.66)
 
     def keys(self, number: int = 1, received: str = RECEIVED) -> dict[str, Keys]:
         asked = AskKeys(round=number, received=received).encode()
         return {name: read(Keys, self.clients.answer(name, asked)) for name in NAMES}
 
     def session(self, number: int = 1, received: str = RECEIVED, **changes: Any) -> Session:
-        told: dict[str, Any] = {"round": number, "received": received, "threshold": 3, "heaviest": 10}
+        told: dict[str, Any] = {"round": number, "received": received, "threshold": 3, "heaviest": 10, "clip": 1.0}
         return Session(**{**told, "keys": changes.pop("keys", None) or self.keys(number, received), **changes})
 
     def shares(self, session: Session) -> dict[str, Sealed]:
@@ -52,7 +51,7 @@ class Circle:
         self, session: Session, sealed: dict[str, Sealed], name: str, delta: Any = DELTA, rows: int = 4, **task: Any
     ) -> bytes:
         shares = {other: box.shares[name] for other, box in sealed.items() if other != name}
-        asked = AskMasked(session=session.id, shares=shares).encode()
+        asked = AskMasked(session=session.id, shares=shares).encode().decode()
         told = {"round": session.round, "received": session.received, **task}
         whole = TrainTask(client=name, plan=TrainPlan(1), adapter=b"", seed=0, mask=asked, **told)
         return self.clients.masked(whole, delta, rows, {"loss": 1.0})

@@ -31,8 +31,7 @@ THRESHOLD = needed(0.66, 8)
 def opened(tmp_path: Path, lost: Mapping[str, Sequence[str]] | None = None, **changes: Any) -> tuple[SecurePool, Leaky]:
     config = toy_config(tmp_path, **{**EIGHT, **changes})
     between = Leaky(LocalPool(config, Summing), lost or {})
-    assert config.privacy.secure_sum
-    return SecurePool(between, config.privacy.secure_sum, config.weighting == "uniform"), between
+    return SecurePool(between, config), between
 
 
 def tasks_of(pool: SecurePool, number: int = 1, names: Sequence[str] = NAMES) -> list[TrainTask]:
@@ -190,8 +189,7 @@ def test_at_the_deadline_the_sum_is_closed_without_those_who_hang_and_they_have_
             return super().train(task)
 
     config = toy_config(tmp_path, **EIGHT)
-    assert config.privacy.secure_sum
-    pool = SecurePool(LocalPool(config, Hanging), config.privacy.secure_sum, uniform=False)
+    pool = SecurePool(LocalPool(config, Hanging), config)
     tasks = tasks_of(pool)
     replies = {reply.client: reply for reply in pool.train(tasks, timeout_s=2.0)}
     assert "deadline" in (replies.pop("c7").error or "")
@@ -221,9 +219,8 @@ def test_on_ray_any_worker_may_carry_any_stage_and_one_that_dies_costs_nobody_el
     from orchestrator.pools.ray import RayPool
 
     config = toy_config(tmp_path, pool="ray", ray__workers=2, **EIGHT)
-    assert config.privacy.secure_sum
     inner = RayPool(config, Deadly)
-    pool = SecurePool(inner, config.privacy.secure_sum, uniform=False)
+    pool = SecurePool(inner, config)
     try:
         tasks = tasks_of(pool)
         assert_mean(list(pool.train(tasks)), tasks)

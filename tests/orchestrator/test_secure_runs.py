@@ -116,9 +116,8 @@ def test_kill_9_and_resume_end_with_the_same_bytes_whatever_masks_were_drawn(
 
 def test_a_round_below_the_threshold_changes_nothing_and_says_why(tmp_path: Path) -> None:
     config = toy_config(tmp_path, **SECURE)
-    assert config.privacy.secure_sum
     between = Leaky(LocalPool(config), {"masked": ["c0", "c1", "c2"]})
-    pool = SecurePool(between, config.privacy.secure_sum, uniform=False)
+    pool = SecurePool(between, config)
     fed, base = open_federation(config, pool, quiet)
     start = first_state(config, fed, base)
     state = play_round(fed, start)

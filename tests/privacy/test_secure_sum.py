@@ -43,6 +43,7 @@ def circle(clients: Collection[str] = CLIENTS, threshold: int = 6, dealing: Coll
         received="0" * 64,
         threshold=threshold,
         heaviest=1,
+        clip=1.0,
         keys={client: drawn.public() for client, drawn in secrets.items()},
     )
     dealt = {client: deal(secrets[client], session, client) for client in dealing or clients}
@@ -160,7 +161,7 @@ def _mask_between(mine: Circle, other: str, client: str) -> bytes:
 def test_shares_open_for_the_one_they_are_for_and_from_the_one_they_are_from() -> None:
     secrets = {client: Secrets.draw() for client in ("a", "b", "c")}
     keys = {client: drawn.public() for client, drawn in secrets.items()}
-    session = Session(round=1, received="0" * 64, threshold=3, heaviest=1, keys=keys)
+    session = Session(round=1, received="0" * 64, threshold=3, heaviest=1, clip=1.0, keys=keys)
     dealt = {client: deal(secrets[client], session, client) for client in keys}
     own, from_b, from_c = dealt["a"][0], dealt["b"][1], dealt["c"][1]
     collect(secrets["a"], session, "a", own, {"b": from_b["a"], "c": from_c["a"]})
