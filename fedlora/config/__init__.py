@@ -4,6 +4,7 @@ Unknown keys are errors that name the nearest known key. Algorithms never see th
 arguments.
 """
 
+from fedlora.config.federation import FlowerConfig
 from fedlora.config.forgetting import ForgettingConfig
 from fedlora.config.reading import differences, known_keys, load_config, parse_config
 from fedlora.config.run import RunConfig
@@ -28,6 +29,7 @@ __all__ = [
     "DataConfig",
     "Distribution",
     "FleetConfig",
+    "FlowerConfig",
     "ForgettingConfig",
     "PartitionConfig",
     "RunConfig",
