@@ -7,15 +7,17 @@ offers each message to an executor; this one opens no bundle, knows a single app
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -33,6 +35,7 @@ from fedlora.errors import ConfigError, FedLoRAError
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.2
 _START_S = 60.0  # that a SuperNode takes at most before it answers its executor
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _OURS = ("--isolation", "--superexec-auth-secret-file", "--port", "--host")
 
 
@@ -52,6 +55,7 @@ def supernode(arguments: Sequence[str]) -> int:
     if odd := next((word for word in arguments if word.split("=")[0] in _OURS), None):
         raise ConfigError(f"flower supernode: leave {odd} out; it is what keeps foreign code from being run here")
     port = _free_port()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is a Ctrl-C
     with tempfile.TemporaryDirectory(prefix="fedlora-node-") as folder:
         secret = Path(folder) / "secret"
         secret.touch(mode=0o600)
@@ -61,11 +65,13 @@ def supernode(arguments: Sequence[str]) -> int:
         program = Path(sys.executable).with_name(command[0])
         command[0] = str(program) if program.exists() else command[0]
         try:
-            process = subprocess.Popen(command, env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"})
+            process = subprocess.Popen(command, preexec_fn=_end_with(os.getpid()))
         except OSError as error:
             raise FedLoRAError(f"flower: cannot start flower-supernode ({error}); is Flower installed?") from error
         try:
             work(f"127.0.0.1:{port}", secret.read_bytes(), app, process)
+        except KeyboardInterrupt:
+            _LOG.warning("stopped")
         finally:
             process.terminate()  # it says goodbye to the SuperLink, so that it can come back at once
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -113,6 +119,18 @@ def _execute(address: str, token: str, client_app: ClientApp) -> None:
             push_task_output(client, context, SubStatus.FAILED, "the executor could not carry the message")
         finally:
             beating.stop()
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """Makes a child end when this process is killed: a SuperNode without an executor would only seem to be there."""
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # Linux only
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)  # it was killed in between
+
+    return ask
 
 
 def _free_port() -> int:

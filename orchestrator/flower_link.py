@@ -95,7 +95,8 @@ def connect(settings: FlowerConfig) -> tuple[Grid, Callable[[], None]]:
 
 def _start(settings: FlowerConfig, root: bytes | None) -> int:
     """The id of a new run of an app that holds no code of ours."""
-    files = {"pyproject.toml": PYPROJECT.encode(), "server_app.py": _STUB, "client_app.py": _NO_CLIENT}
+    files = {"pyproject.toml": PYPROJECT.encode(), "config.yaml": b""}
+    files |= {"server_app.py": _STUB, "client_app.py": _NO_CLIENT}
     content, _ = build_fab_from_files(files)
     fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
     versions = [RuntimeVersionHttpInterceptor(component_name="flwr-cli")]

@@ -13,7 +13,7 @@ RANKS = {"amber": 4, "birch": 8, "cedar": 16}
 
 def write_files(folder: Path, names: list[str]) -> dict[str, Path]:
     """The toy topics dealt to so many files, and a test file called ``test``."""
-    rows = list(BUILTIN["builtin:toy"]())
+    rows = list(BUILTIN["builtin:toy"]().shuffle(seed=1))
     folder.mkdir(parents=True, exist_ok=True)
     parts = [*names, "test"]
     for place, name in enumerate(parts):
@@ -24,7 +24,7 @@ def write_files(folder: Path, names: list[str]) -> dict[str, Path]:
 
 def served(output_dir: Path, test: Path | None, **changes: Any) -> RunConfig:
     """The server's configuration of a run over Flower."""
-    return _config(output_dir, test, pool="flower", flower__poll_s=0.05, flower__wait_s=60.0, **changes)
+    return _config(output_dir, test, **{"pool": "flower", "flower__poll_s": 0.05, "flower__wait_s": 60.0, **changes})
 
 
 def together(
