@@ -19,7 +19,21 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or em
         typer.echo(str(path))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON)
+def superlink(context: typer.Context) -> None:
+    """Start flower-superlink with these arguments so that from elsewhere it answers nodes only."""
+    from orchestrator.flower_app import check_installed
+
+    check_installed()
+    from orchestrator.flower_gate import superlink as start
+
+    start(context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
 def supernode(context: typer.Context) -> None:
     """Start flower-supernode with these arguments so that it runs the installed ClientApp only."""
     from orchestrator.flower_app import check_installed

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedlora.errors import RunFolderError
+from fedlora.errors import ConfigError, RunFolderError
 
 CERTIFICATE_DAYS = 825
 
@@ -63,6 +72,26 @@ def write_node_key(path: Path) -> list[Path]:
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     return _write({path: private, path.with_name(f"{path.name}.pub"): public + b"\n"})
+
+
+def read_keys(files: Mapping[str, str]) -> dict[str, bytes]:
+    """Public keys in PEM, as Flower tells them of its nodes.
+
+    Args:
+        files: in OpenSSH's form or in PEM, by client.
+
+    Raises:
+        ConfigError: if one cannot be read.
+    """
+    keys = {}
+    for client, name in files.items():
+        try:
+            content = Path(name).expanduser().read_bytes()
+            key = load_pem_public_key(content) if b"-----BEGIN" in content else load_ssh_public_key(content)
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError(f"flower.keys: {name}, the key of {client}, cannot be read: {error}") from error
+        keys[client] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return keys
 
 
 def _signed(issuer: x509.Name, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:

@@ -32,7 +32,7 @@ class Node:
 
     def __init__(self, app: ClientApp, config: Mapping[str, Any], turn: AbstractContextManager[Any]):
         self.app, self.config, self.turn = app, dict(config), turn
-        self.name, self.there = "", True
+        self.name, self.key, self.there = "", b"", True
         self.tamper: Tamper | None = None  # what a hostile node makes of its honest answers, by type of message
         self.received: list[Message] = []
 
@@ -74,7 +74,8 @@ class MemoryGrid(Grid):
         return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=number, name=node.name) for number, node in self.nodes.items() if node.there]
+        there = {number: node for number, node in self.nodes.items() if node.there}
+        return [NodeInfo(node_id=number, name=node.name, public_key=node.key) for number, node in there.items()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return [self._push(_over_the_wire(message)) for message in messages]

@@ -44,7 +44,7 @@ class Site:
 
     def __init__(self, folder: Path, isolation: str = "process"):
         self.folder, self.isolation, self.port = folder, isolation, free_port()
-        self.certificates = folder / "certs"
+        self.certificates, self.secret = folder / "certs", folder / "secret"
         write_certificates(self.certificates, ["127.0.0.1"])
         home = folder / "flwr"
         home.mkdir()
@@ -83,7 +83,10 @@ class Site:
         tls = [f"--ssl-{kind}={self.certificates / name}" for kind, name in _TLS]
         settings = ["--isolation", self.isolation, "--database", str(self.folder / "state.db")]
         settings += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-        process = self.start("superlink", "flower-superlink", *tls, *settings, "--port", str(self.port))
+        if self.isolation == "process":
+            self.secret.write_bytes(b"only who may take runs knows this")
+            settings += ["--superexec-auth-secret-file", str(self.secret)]
+        process = self.start("superlink", "fedlora", "flower", "superlink", *tls, *settings, "--port", str(self.port))
         wait_until(lambda: self.answers() or process.poll() is not None)
         assert process.poll() is None, self.log("superlink")
         return process
@@ -106,11 +109,16 @@ class Site:
         write_node_key(self.folder / "keys" / client)
         self.flwr("supernode", "register", str(self.folder / "keys" / f"{client}.pub"), "here", "--name", client)
 
-    def start_node(self, client: str, data: Path, rank: int) -> subprocess.Popen[bytes]:
-        """A node as docs/flower.md starts it."""
+    def start_node(self, client: str, data: Path, rank: int, plain: bool = False) -> subprocess.Popen[bytes]:
+        """A node as docs/flower.md starts it.
+
+        Args:
+            plain: with Flower's own command, which runs the code that the SuperLink delivers.
+        """
         own = node_config(self.folder / "nodes" / client, client, data, rank)
         told = " ".join(f"{key}={json.dumps(value)}" for key, value in own.items())
-        return self.start(client, "fedlora", "flower", "supernode", *self._joins(client), "--node-config", told)
+        program = ["flower-supernode", "--port", str(free_port())] if plain else ["fedlora", "flower", "supernode"]
+        return self.start(client, *program, *self._joins(client), "--node-config", told)
 
     def _joins(self, key: str) -> list[str]:
         trust = ["--superlink", self.address, "--root-certificates", str(self.certificates / "ca.crt")]
@@ -118,10 +126,10 @@ class Site:
 
     def run(self, config: Path, *arguments: str) -> subprocess.Popen[bytes]:
         """``fedlora run --pool flower``, whose events go to ``<name of the configuration>.log``."""
-        settings = ["--set", f"flower.root_certificates={self.certificates / 'ca.crt'}", "--json", *arguments]
-        return self.start(
-            config.stem, "fedlora", "run", str(config), "--pool", "flower", "--address", self.address, *settings
-        )
+        there = ["--pool", "flower", "--address", self.address, "--json"]
+        trust = {"root_certificates": self.certificates / "ca.crt", "secret_file": self.secret}
+        settings = [word for key, path in trust.items() for word in ("--set", f"flower.{key}={path}")]
+        return self.start(config.stem, "fedlora", "run", str(config), *there, *settings, *arguments)
 
     def close(self) -> None:
         for process in self._running:

@@ -24,6 +24,9 @@ class FlowerConfig(Section):
     address: str | None = Field(None, description="host:port of a SuperLink started with --isolation process")
     root_certificates: str | None = Field(None, description="PEM file of the authority that signed the SuperLink's")
     insecure: bool = Field(False, description="true speaks plain text to the SuperLink: for trying out on one machine")
+    keys: dict[str, str] | None = Field(
+        None, description="{client: its node's public key file}; nobody else takes part, whoever may have registered"
+    )
     secret_file: str | None = Field(
         None, description="the SuperLink's --superexec-auth-secret-file, without which anybody could take the run"
     )

@@ -23,6 +23,7 @@ from clients.records import Parcel, read, sha256, task_note
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedLoRAError, WireError
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Patch, Reply, TrainTask, WorkerStats
+from orchestrator.flower_keys import read_keys
 from orchestrator.pools import check_one_each, cores
 from orchestrator.pools.nodes import Nodes
 from orchestrator.pools.post import Grid, Post, told
@@ -76,7 +77,8 @@ class FlowerPool:
             grid, self._close = connect(config.flower)
         self._post = Post(grid, config.flower.poll_s)
         self._recipe = recipe_of(config).model_dump_json()
-        self._nodes = Nodes(self._post, self._recipe, lambda: self._base.fingerprint, config.lora.r)
+        keys = read_keys(config.flower.keys) if config.flower.keys else None
+        self._nodes = Nodes(self._post, self._recipe, lambda: self._base.fingerprint, config.lora.r, keys)
         self._members: list[ClientInfo] = []
         self._out: dict[str, _Out] = {}
         self._arrived: deque[Reply] = deque()

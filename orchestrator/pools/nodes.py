@@ -23,10 +23,19 @@ class Nodes:
         recipe: of the run, as JSON.
         fingerprint: of the base that everybody must have.
         rank: the largest that a node may train at.
+        keys: public key of every client's node, in PEM; None where registering is enough.
     """
 
-    def __init__(self, post: Post, recipe: str, fingerprint: Callable[[], str], rank: int):
+    def __init__(
+        self,
+        post: Post,
+        recipe: str,
+        fingerprint: Callable[[], str],
+        rank: int,
+        keys: Mapping[str, bytes] | None = None,
+    ):
         self._post, self._recipe, self._fingerprint, self._rank = post, recipe, fingerprint, rank
+        self._keys = keys
         self._asked: dict[str, int] = {}  # messages to nodes that have not said yet who they are
         self._client: dict[int, str] = {}
         self.members: dict[str, ClientInfo] = {}
@@ -68,6 +77,9 @@ class Nodes:
                 del self.refused[node]
             asked = {*self._client, *self.refused, *self._asked.values()}
             for node in sorted(there.keys() - asked):
+                if self._keys is not None and there[node].public_key not in self._keys.values():
+                    self.refused[node] = "its key is not among flower.keys"
+                    continue
                 self._asked[self._post.send(node, "query", Parcel({"recipe": self._recipe}))] = node
         for message, answer in self._post.collect(self._asked).items():
             node = self._asked.pop(message)
@@ -92,9 +104,11 @@ class Nodes:
                 f"{member.id} has another base model (fingerprint {str(answer.note.get('base'))[:12]}, expected"
                 f" {self._fingerprint()[:12]})"
             )
-        registered = self._post.nodes().get(node, "")
-        if registered and registered != member.id:
-            raise WireError(f"the node registered as {registered} says it is {member.id}")
+        info = self._post.nodes().get(node)
+        if info is not None and info.name and info.name != member.id:
+            raise WireError(f"the node registered as {info.name} says it is {member.id}")
+        if self._keys is not None and (info is None or info.public_key != self._keys.get(member.id)):
+            raise WireError(f"its key is not that of {member.id} in flower.keys")
         if self.node_of(member.id) is not None:
             raise WireError(f"another node is {member.id} already; every organisation needs a name of its own")
         self._client[node] = member.id

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
 
@@ -26,13 +27,13 @@ class Post:
 
     def __init__(self, grid: Grid, poll_s: float):
         self._grid, self.poll_s = grid, poll_s
-        self._nodes: tuple[float, dict[int, str]] = (-_NODES_S, {})
+        self._nodes: tuple[float, dict[int, NodeInfo]] = (-_NODES_S, {})
 
-    def nodes(self) -> dict[int, str]:
-        """Ids of the nodes that are there, with the names they were registered under, empty without one."""
+    def nodes(self) -> dict[int, NodeInfo]:
+        """The nodes that are there, by id, with the public keys and the names they were registered under."""
         since, nodes = self._nodes
         if time.monotonic() - since >= _NODES_S:
-            nodes = {info.node_id: info.name for info in self._call(self._grid.get_nodes)}
+            nodes = {info.node_id: info for info in self._call(self._grid.get_nodes)}
             self._nodes = time.monotonic(), nodes
         return nodes
 

@@ -46,7 +46,8 @@ def three(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
 
 def configure(three: Site, name: str, files: dict[str, Path], **changes: Any) -> Path:
     """A configuration whose run folder is called like it."""
-    settings = {**SETTINGS, "flower__nodes": 3, "flower__wait_s": 120.0, **changes}
+    keys = {client: str(three.folder / "keys" / f"{client}.pub") for client in RANKS}
+    settings = {**SETTINGS, "flower__nodes": 3, "flower__wait_s": 120.0, "flower__keys": keys, **changes}
     path = three.folder / f"{name}.yaml"
     path.write_text(served(three.folder / name, files["test"], **settings).to_yaml())
     return path
@@ -137,7 +138,7 @@ def test_flwr_run_plays_the_app_that_flower_init_writes(files: dict[str, Path], 
         assert made.returncode == 0, made.stderr
         for client in ("amber", "birch"):
             opened.register(client)
-            opened.start_node(client, files[client], RANKS[client])
+            opened.start_node(client, files[client], RANKS[client], plain=client == "birch")
         for _ in range(2):  # the second time it is finished, and says so
             opened.flwr("run", str(app), "here", "--run-config", "rounds=2", "--stream")
         summary = json.loads((app / "run" / "summary.json").read_text())

@@ -16,6 +16,7 @@ from fedlora.errors import FedLoRAError, RunInterrupted
 from fedlora.protocol import ClientInfo, ClientPool
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
+from orchestrator.flower_keys import read_keys, write_node_key
 from orchestrator.pools.flower import GRID, FlowerPool
 from orchestrator.pools.local import LocalPool
 from tests.conftest import quiet
@@ -234,6 +235,20 @@ def test_a_node_is_held_to_the_name_it_was_registered_under(tmp_path: Path, thre
     config = served(tmp_path / "run", None).model_copy(update={"flower": FlowerConfig(nodes=3, wait_s=3, poll_s=0.05)})
     with pytest.raises(FedLoRAError, match="the node registered as somebody-else says it is birch"):
         FlowerPool(config, three).members()
+
+
+def test_with_keys_a_node_is_who_its_key_says_and_nobody_else_takes_part(tmp_path: Path, three: MemoryGrid) -> None:
+    files = {name: write_node_key(tmp_path / "keys" / name)[1] for name in RANKS}
+    keys = read_keys({name: str(path) for name, path in files.items()})
+    three.nodes[100].key, three.nodes[101].key = keys["amber"], keys["cedar"]  # birch with cedar's key, cedar with none
+    listed = {name: str(path) for name, path in files.items()}
+    settings = FlowerConfig(nodes=3, wait_s=3, poll_s=0.05, keys=listed)
+    config = served(tmp_path / "run", None).model_copy(update={"flower": settings})
+    with pytest.raises(FedLoRAError) as refusal:
+        FlowerPool(config, three).members()
+    assert "1 of 3 nodes came within 3 s (amber)" in str(refusal.value)
+    assert "node 101: its key is not that of birch in flower.keys" in str(refusal.value)
+    assert "node 102: its key is not among flower.keys" in str(refusal.value)
 
 
 def test_no_label_counts_reach_the_server_unless_the_policy_says_so(tmp_path: Path, three: MemoryGrid) -> None:
