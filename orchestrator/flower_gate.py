@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from importlib import import_module
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -47,9 +48,9 @@ def _is_here(client: Any) -> bool:
 def superlink(arguments: Sequence[str]) -> None:
     """``flower-superlink`` with these arguments, behind ``FleetOnly``; returns when it is stopped."""
     import uvicorn
-    from flwr.superlink.cli import flower_superlink as flower
     from flwr.superlink.main import create_app
 
+    flower = import_module("flwr.superlink.cli.flower_superlink")  # its package has a function of the same name
     sys.argv = ["flower-superlink", *arguments]
     settings = flower._parse_superlink_lifespan_config()
     app = create_app(settings, flower.SuperLinkLifespan)
