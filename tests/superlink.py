@@ -99,7 +99,7 @@ class Site:
     def flwr(self, *arguments: str) -> str:
         """What a command of Flower's own line prints."""
         done = subprocess.run(
-            ["flwr", *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120
+            ["flwr", *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
