@@ -92,7 +92,8 @@ class ClientRuntime:
         if alone := why_not(model, adapter_name(1)):
             return replace(info, alone=alone)
         name_parameters(model, adapter_name(1), PARTS)
-        training, rank = self._config.training, max(member.rank for member in self.members())
+        training = self._config.training
+        rank = max((member.rank for member in self.members()), default=self._config.lora.r)
         size = rank * sum(out + into for out, into in info.sites.values()) + sum(t.numel() for t in info.dense.values())
         row = longest(model, self._config.data.max_length, not info.labels, training.base_dropout, adapted.base.device)
         fits = clients_per_pass(row, training.per_device_train_batch_size, size, adapted.base.device)

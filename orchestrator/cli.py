@@ -15,6 +15,7 @@ import typer
 
 from fedlora import __version__
 from fedlora.errors import ConfigError, FedLoRAError
+from orchestrator.flower_commands import app as flower_app
 from orchestrator.unlearning.commands import app as unlearn_app
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(runs_app, name="runs")
 strategies_app = typer.Typer(help="Look at strategies, and check your own.", no_args_is_help=True)
 app.add_typer(strategies_app, name="strategies")
 app.add_typer(unlearn_app, name="unlearn")
+app.add_typer(flower_app, name="flower")
 
 ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, such as configs/quickstart.yaml")]
 RunPlace = Annotated[str, typer.Argument(help="a run folder, such as runs/quickstart, or the URL of one")]
@@ -45,12 +47,19 @@ def run(
     config: ConfigPath,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="replace an earlier run in the same folder")] = False,
+    pool: Annotated[str | None, typer.Option(help="where clients run: local, ray or flower")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="with --pool flower: of the SuperLink")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a configuration. A run that was cut short goes on from its last commit."""
     from fedlora.config import load_config
 
-    settings = load_config(config, overrides or [])
+    if address and pool != "flower":
+        raise ConfigError("run: --address goes with --pool flower")
+    where = {"pool": pool, "flower.address": address}
+    settings = load_config(config, [*(overrides or []), *(f"{key}={value}" for key, value in where.items() if value)])
     from orchestrator import launch
 
     _play(lambda listen: launch.run(settings, listen, overwrite), settings.output_dir, as_json)

@@ -123,7 +123,7 @@ class Screen:
         self._say("[yellow]nobody plays this run now;[/] waiting until somebody resumes it (Ctrl-C stops the waiting)")
 
     def _on_pool_starting(self, fields: Mapping[str, Any]) -> None:
-        self._say("starting Ray ...")
+        self._say("starting Ray ..." if fields["pool"] == "ray" else "waiting for nodes ...")
 
     def _on_run_resumed(self, fields: Mapping[str, Any]) -> None:
         self._say(f"resuming after round {fields['round']}")

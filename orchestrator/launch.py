@@ -201,7 +201,7 @@ def _session(
             emit("run_opened" if state is None else "run_resumed", facts(config, state, plugins))
             if state is not None and edited:
                 emit("plugins_changed", {"files": edited, "round": state.round})
-            if config.pool == "ray":
+            if config.pool != "local":
                 emit("pool_starting", {"pool": config.pool})
             sharded = state is None and config.federation.shards > 1
             if sharded:

@@ -77,6 +77,9 @@ def _check(strategy: Strategy, config: RunConfig) -> None:
         "scores of the clients' own rows have no noise on them; set evaluation.per_client: false": (
             config.evaluation.per_client
         ),
+        "without data.test_file nodes score rows of their own for the server, without noise; set it": (
+            config.pool == "flower" and not config.data.test_file
+        ),
         "personal parts are scored by the clients, without noise; use a strategy that shares all it trains": (
             strategy.traits.personal
         ),

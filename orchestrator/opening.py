@@ -49,6 +49,8 @@ def open_federation(config: RunConfig, pool: ClientPool, emit: Emit) -> tuple[Fe
         emit("ranks_equalised", {"strategy": config.strategy_name, "rank": rank})
     members = [replace(member, rank=ranks[member.id]) for member in members]
     base = pool.base()
+    if config.pool != "flower" and not config.data.test_fraction and not (config.data.test_file or config.data.name):
+        raise ConfigError("data.test_fraction is 0 and there is no data.test_file: nothing to score the model on")
     check_named(config, [member.id for member in members], strategy.required, strategy.name)
     check_strategy(strategy, config, [member.id for member in members], base.merges)
     check_stream(strategy, members)

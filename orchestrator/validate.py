@@ -40,6 +40,8 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
     Returns:
         Facts about the run, as far as they could be found, and every problem.
     """
+    if config.pool == "flower":
+        return _validate_nodes(config)
     facts: dict[str, Any] = {}
     problems: list[FedLoRAError] = []
     strategy = corpus = served = None
@@ -108,6 +110,30 @@ def validate(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
         _check_folder(config)
     except FedLoRAError as error:
         problems.append(error)
+    return facts, problems
+
+
+def _validate_nodes(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAError]]:
+    """``validate`` of a run whose rows and ranks are on nodes that have not come yet."""
+    facts: dict[str, Any] = {"clients": f"{config.flower.nodes} nodes, who bring rows and ranks"}
+    problems: list[FedLoRAError] = []
+
+    def strategy() -> None:
+        composed = compose(config.strategy)
+        check_strategy(composed, config, composed.required, merges=_merges(config))
+        if private := spending(composed, config, config.flower.nodes):
+            facts["privacy"] = private.planned_words()
+
+    def model() -> None:
+        corpus = open_stream(config.data, None, 1, config.seed, config.model.task).corpus
+        facts["rows"] = f"on the nodes; {len(corpus.test) or 'none'} of the server's own to test on"
+        facts.update(_model_facts(config, corpus)[0])
+
+    for check in (lambda: load_plugins(config.plugins), strategy, model, lambda: _check_folder(config)):
+        try:
+            check()
+        except FedLoRAError as error:
+            problems.append(error)
     return facts, problems
 
 

@@ -4,6 +4,7 @@ Unknown keys are errors that name the nearest known key. Algorithms never see th
 arguments.
 """
 
+from fedlora.config.federation import FlowerConfig
 from fedlora.config.forgetting import ForgettingConfig
 from fedlora.config.privacy import LocalPrivacyConfig, PrivacyConfig, SecureSumConfig
 from fedlora.config.reading import differences, known_keys, load_config, parse_config
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "Distribution",
     "FleetConfig",
+    "FlowerConfig",
     "ForgettingConfig",
     "LocalPrivacyConfig",
     "PartitionConfig",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from fedlora.config.federation import FederationConfig
+from fedlora.config.federation import FederationConfig, FlowerConfig
 from fedlora.config.forgetting import ForgettingConfig
 from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.sections import (
@@ -32,8 +32,8 @@ from fedlora.config.sections import (
 )
 from fedlora.config.stream import ContinualConfig
 
-# where results go, who looks on, and what is kept of the way there: they do not define the results
-AROUND = ("output_dir", "store", "contributions")
+# where results go, who looks on, what is kept on the way and how nodes are reached: they do not define the results
+AROUND = ("output_dir", "store", "contributions", "flower")
 
 
 class RunConfig(Section):
@@ -63,8 +63,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     schedule: ScheduleConfig = ScheduleConfig()
     fleet: FleetConfig | None = Field(None, description="simulated devices with a virtual clock; {} for the defaults")
-    pool: Literal["local", "ray"] = "local"
+    pool: Literal["local", "ray", "flower"] = "local"
     ray: RayConfig = RayConfig()
+    flower: FlowerConfig = FlowerConfig()
     store: StoreConfig = StoreConfig()
     contributions: ContributionsConfig | None = Field(
         None, description="keep what clients sent, for actions of unlearning that need it; {} for the defaults"
@@ -84,6 +85,8 @@ class RunConfig(Section):
         tasks = self.continual.tasks if self.continual else []
         if self.continual and self.continual.live:
             problems += _sources_of_live(self.data)
+        elif self.pool == "flower":
+            problems += _of_flower(self)
         elif not (tasks and all(task.data and _has_source(task.data) for task in tasks)) and not _has_source(self.data):
             problems.append("data needs a name, a train_file or client_files")
         if self.data.client_files and self.data.max_train_rows:
@@ -139,6 +142,24 @@ def _sources_of_live(data: DataConfig) -> list[str]:
     return (
         [] if data.test_file else ["data.test_file: a live stream has no rows to hold out; give the server's test rows"]
     )
+
+
+def _of_flower(config: RunConfig) -> list[str]:
+    """What is wrong with a configuration whose clients are organisations with rows, models and ranks of their own."""
+    problems = []
+    if _has_source(config.data):
+        problems.append("data: with pool: flower rows stay on the nodes; leave name, train_file and client_files out")
+    if not config.data.labels and config.model.task != "causal-lm":
+        problems.append(
+            "data.labels: with pool: flower nobody sees all rows; give the label set that all nodes share, or set"
+            " model.task: causal-lm"
+        )
+    if config.clients.ranks is not None:
+        problems.append("clients.ranks: with pool: flower every node says its own rank; leave it out")
+    odd = [key for key in ("continual", "forgetting", "attack") if getattr(config, key)]
+    odd += ["federation.shards"] if config.federation.shards > 1 else []
+    problems += [f"{key} does not go together with pool: flower yet; leave one out" for key in odd]
+    return problems
 
 
 def _of_forgetting(config: RunConfig) -> list[str]:

@@ -59,7 +59,9 @@ class DataConfig(Section):
     max_length: int = Field(128, ge=8, description="tokens a row is cut to")
     max_train_rows: int | None = Field(None, ge=1)
     max_test_rows: int | None = Field(None, ge=1)
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="held out for the server when there is no test set")
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="held out for the server where there is no test set; 0 for none"
+    )
     client_holdout: float = Field(0.1, ge=0, lt=1, description="share of each client's rows kept for evaluation")
     partition: PartitionConfig = PartitionConfig()
     seed: int | None = Field(

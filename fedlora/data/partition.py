@@ -70,6 +70,8 @@ def open_corpus(data: DataConfig, count: int, seed: int, task: str = "auto") -> 
 
 def _open(data: DataConfig, count: int, seed: int, task: str) -> Corpus:
     test = read_test(data, task)
+    if not (data.name or data.train_file or data.client_files):
+        return _without_training_rows(data, test, seed)
     if data.client_files:
         train, shards = _from_files(data, task)
     else:
@@ -96,6 +98,18 @@ def _open(data: DataConfig, count: int, seed: int, task: str) -> Corpus:
         heldout[client] = [row for row in order[:size].tolist() if row not in gone]
         kept[client] = sorted(row for row in order[size:].tolist() if row not in gone)
     return Corpus(train.form, train.table, table, kept, heldout, labels)
+
+
+def _without_training_rows(data: DataConfig, test: Rows | None, seed: int) -> Corpus:
+    """Of a server whose clients keep their rows to themselves: its own test rows, or none."""
+    labels = tuple(data.labels or ())
+    if test is None:
+        nothing: dict[str, list[str]] = {"text": [], "label": []} if labels else {"text": []}
+        test = Rows("classification" if labels else "text", Dataset.from_dict(nothing), "no rows")
+    table = test.table if not data.max_test_rows else _sample(test.table, data.max_test_rows, seed, "test")
+    if test.form == "classification":
+        _check_labels([test], labels)
+    return Corpus(test.form, table.select([]), table, {}, {}, labels)
 
 
 def forgotten(table: Dataset, data: DataConfig) -> set[int]:
@@ -232,17 +246,22 @@ def _from_files(data: DataConfig, task: str) -> tuple[Rows, dict[str, list[int]]
 def _split_off_test(
     train: Rows, shards: dict[str, list[int]], fraction: float, seed: int
 ) -> tuple[Rows, Rows, dict[str, list[int]]]:
-    """Hold out a seeded share: of every client's own rows where clients have files, else of all rows."""
+    """Hold out a seeded share: of every client's own rows where clients have files, else of all rows.
+
+    What a client with a file holds out depends on nobody else: it comes to the same rows alone, on its own machine.
+    """
     draw = np.random.default_rng(derive_seed(seed, 0, "", "test split"))
     groups: dict[Any, list[int]] = dict(shards)
     if not groups:
         keys = train.table["label"][:] if train.form == "classification" else [None] * len(train.table)
         for row, key in enumerate(keys):
             groups.setdefault(key, []).append(row)
-    held = sorted(
-        row for rows in groups.values() for row in draw.permutation(rows)[: max(int(len(rows) * fraction), 0)].tolist()
-    )
-    if not held:
+    held = []
+    for name, rows in groups.items():
+        own = np.random.default_rng(derive_seed(seed, 0, name, "test split")) if shards else draw
+        held += own.permutation(rows)[: int(len(rows) * fraction)].tolist()
+    held.sort()
+    if not held and fraction:
         raise DataError(
             f"data: {len(train.table)} rows of {train.origin} are too few to hold out a test set; give data.test_file"
         )
@@ -263,12 +282,17 @@ def _label_set(train: Rows, test: Rows, data: DataConfig) -> tuple[str, ...]:
     labels = tuple(data.labels) if data.labels else tuple(sorted(set(train.table["label"][:])))
     if len(labels) < 2:
         raise DataError(f"data: {train.origin} has only the label {labels[0]!r}; a classifier needs at least two")
+    _check_labels([train, test], labels)
+    return labels
+
+
+def _check_labels(tables: Sequence[Rows], labels: Sequence[str]) -> None:
+    """Raise ``DataError`` for a row with a label that is not in the label set."""
     known = set(labels)
-    for rows in (train, test):
+    for rows in tables:
         for row, label in enumerate(rows.table["label"][:]):
             if label not in known:
                 raise DataError(
                     f"data: row {row} of {rows.origin} has the label {label!r}, which is not in the label set of"
                     f" {len(labels)}{nearest(label, labels)}"
                 )
-    return labels

@@ -21,6 +21,13 @@ def _open(config: RunConfig) -> ClientPool:
         from orchestrator.pools.ray import RayPool  # only a run on Ray pays for importing it
 
         return RayPool(config)
+    if config.pool == "flower":
+        from orchestrator.flower_app import check_installed
+
+        check_installed()
+        from orchestrator.pools.flower import GRID, FlowerPool
+
+        return FlowerPool(config, GRID.get())
     from orchestrator.pools.local import LocalPool
 
     return LocalPool(config)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 from clients.attempt import OpenRuntime, answer, attempt_together
+from clients.deadline import OutOfTimeError, stopped_after
 from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Reply, TrainTask, WorkerStats
@@ -80,42 +78,9 @@ class LocalPool:
                 return
             cohort = self._queue.popleft()
             try:
-                with _stopped_after(left):
+                with stopped_after(left):
                     replies = attempt_together(self._runtime, cohort)
-            except _OutOfTimeError:
+            except OutOfTimeError:
                 late = f"had not answered at the deadline of {timeout_s:g} s and was stopped"
                 replies = [Reply(task.client, error=late) for task in cohort]
             yield from replies
-
-
-class _OutOfTimeError(BaseException):
-    """Not an ``Exception``: a client's own handlers must not swallow it."""
-
-
-@contextmanager
-def _stopped_after(seconds: float | None) -> Iterator[None]:
-    """Raise ``_OutOfTimeError`` inside the block after so many seconds. Somebody else's alarm is kept."""
-    if seconds is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    armed = True
-
-    def ring(number: int, frame: object) -> None:
-        if armed:
-            raise _OutOfTimeError
-
-    begun, theirs = time.monotonic(), signal.getsignal(signal.SIGALRM)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, ring)
-    try:
-        # again and again: Python drops what is raised inside a callback of its own
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
-        try:
-            yield
-        finally:
-            armed = False
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if theirs is None else theirs)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begun), 1e-3), interval)
