@@ -203,6 +203,9 @@ class PatchStore:
         for key in wanted:
             if key in came:
                 self._write(key, came[key])
+        for path in self._folder.glob("*") if wanted else ():
+            if path.name not in wanted:
+                path.unlink()  # compacted since, or of another run, which asks for it again
         return tuple(Patch(identity, found[key] or b"") for identity, key in pairs), []
 
     def _read(self, key: str) -> bytes | None:
@@ -212,8 +215,6 @@ class PatchStore:
 
     def _write(self, key: str, payload: bytes) -> None:
         path = self._folder / key
-        if path.is_file() and path.stat().st_size == len(payload):
-            return
         self._folder.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{key}")
         scratch.write_bytes(payload)

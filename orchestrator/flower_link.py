@@ -63,7 +63,8 @@ def connect(settings: FlowerConfig) -> tuple[Grid, Callable[[], None]]:
     """
     assert settings.address is not None
     address = settings.address
-    root, secret = _read(settings.root_certificates, "root_certificates"), _read(settings.secret_file, "secret_file")
+    root = None if settings.insecure else _read(settings.root_certificates, "root_certificates")
+    secret = _read(settings.secret_file, "secret_file")
     if root is None and not settings.insecure:
         raise ConfigError(
             "flower.root_certificates: give the PEM file of the authority that signed the SuperLink's certificate, or"
@@ -72,13 +73,13 @@ def connect(settings: FlowerConfig) -> tuple[Grid, Callable[[], None]]:
     try:
         run_id = _start(settings, root)
         token = _take(settings, root, secret, run_id)
+        grid = HttpGrid(address, settings.insecure, root, token=token)
+        grid._retry_invoker = patient(settings.wait_s)
+        pulled = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     except httpx.HTTPStatusError as error:
         raise FedLoRAError(f"flower: the SuperLink at {address} refuses: {_said(error.response)}") from error
     except httpx.HTTPError as error:
         raise FedLoRAError(f"flower: no SuperLink answers at {address} ({error})") from error
-    grid = HttpGrid(address, settings.insecure, root, token=token)
-    grid._retry_invoker = patient(settings.wait_s)
-    pulled = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = pulled.task_id, run_id, pulled.context.node_id
     grid.set_run(run_from_proto(pulled.run))
     beating = heartbeat(grid._runtime_client)

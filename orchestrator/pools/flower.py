@@ -28,6 +28,7 @@ from orchestrator.pools import check_one_each, cores
 from orchestrator.pools.nodes import Nodes
 from orchestrator.pools.post import Grid, Post, told
 
+_NOT_TAKEN = "the SuperLink did not take the message: it is too large, or the node has been unregistered"
 _SLACK_S = 60.0  # that clocks may differ before a message counts as late
 GRID: ContextVar[Grid | None] = ContextVar("GRID", default=None)  # of the ServerApp that plays a run
 
@@ -185,14 +186,17 @@ class FlowerPool:
         note = {**note, "recipe": self._recipe, "base": self._base.fingerprint, "ledger": pairs}
         ttl = None if limit is None else limit + _SLACK_S
         out = _Out(client, node, kind, note, adapters, ledger, ttl)
-        has = self._has.setdefault(node, set())
-        self._push(out, {key for _, key in pairs} - has)
+        if not self._push(out, {key for _, key in pairs} - self._has.setdefault(node, set())):
+            self._arrived.append(Reply(client, error=_NOT_TAKEN))
 
-    def _push(self, out: _Out, patches: Collection[str]) -> None:
-        """Send a message with these patches beside its adapters."""
+    def _push(self, out: _Out, patches: Collection[str]) -> bool:
+        """Send a message with these patches beside its adapters; whether the SuperLink took it."""
         contents = {sha256(patch.payload): patch.payload for patch in out.ledger} if patches else {}
         payloads = {**out.adapters, **{key: contents[key] for key in contents if key in patches}}
-        self._out[self._post.send(out.node, out.kind, Parcel(out.note, payloads), out.ttl)] = out
+        message = self._post.send(out.node, out.kind, Parcel(out.note, payloads), out.ttl)
+        if message:
+            self._out[message] = out
+        return message is not None
 
     def _replies(self, timeout_s: float | None) -> Iterator[Reply]:
         ends = None if timeout_s is None else time.monotonic() + timeout_s
@@ -222,7 +226,8 @@ class FlowerPool:
             if isinstance(answer.note.get("lacks"), list) and not out.again:
                 out.again = True  # once: a node that lacks what it was just sent has no disk to keep it on
                 self._has[out.node] = set()
-                self._push(out, {key for key in answer.note["lacks"] if isinstance(key, str)})
+                if not self._push(out, {key for key in answer.note["lacks"] if isinstance(key, str)}):
+                    yield out, Parcel({"error": _NOT_TAKEN})
                 continue
             if "error" not in answer.note:
                 self._has.setdefault(out.node, set()).update(key for _, key in out.note["ledger"])

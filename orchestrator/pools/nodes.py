@@ -80,7 +80,8 @@ class Nodes:
                 if self._keys is not None and there[node].public_key not in self._keys.values():
                     self.refused[node] = "its key is not among flower.keys"
                     continue
-                self._asked[self._post.send(node, "query", Parcel({"recipe": self._recipe}))] = node
+                if message := self._post.send(node, "query", Parcel({"recipe": self._recipe})):
+                    self._asked[message] = node
         for message, answer in self._post.collect(self._asked).items():
             node = self._asked.pop(message)
             if answer is None:

@@ -37,29 +37,27 @@ class Post:
             self._nodes = time.monotonic(), nodes
         return nodes
 
-    def send(self, node: int, kind: str, parcel: Parcel, ttl: float | None = None) -> str:
+    def send(self, node: int, kind: str, parcel: Parcel, ttl: float | None = None) -> str | None:
         """Hand a message over; it waits for its node.
 
         Args:
             ttl: seconds after which nobody needs an answer any more.
 
         Returns:
-            The id of the message.
+            The id of the message; None where the SuperLink did not take it.
         """
         message = Message(parcel.to_records(), node, kind, ttl=ttl)
-        (identity,) = self._call(self._grid.push_messages, [message])
-        return identity or ""
+        taken = self._call(self._grid.push_messages, [message])
+        return taken[0] or None if taken else None
 
     def collect(self, messages: Iterable[str]) -> dict[str, Parcel | None]:
         """Answers that have come to these messages; None where the node has gone or its app has crashed.
 
         An answer that is no message of ours reads as a parcel with an error.
         """
-        wanted = [identity for identity in messages if identity]
-        if not wanted:
-            return {}
+        wanted = list(messages)
         answers: dict[str, Parcel | None] = {}
-        for message in self._call(self._grid.pull_messages, wanted):
+        for message in self._call(self._grid.pull_messages, wanted) if wanted else ():
             identity = message.metadata.reply_to_message_id
             if message.has_error():
                 answers[identity] = None

@@ -9,19 +9,23 @@ from typing import Any
 import pytest
 import torch
 
+from clients.noop import NoopRuntime
 from clients.records import Parcel, parcel_of, sha256
 from fedlora.adapter.wire import decode_update, encode_update
 from fedlora.config import FlowerConfig, RunConfig
 from fedlora.errors import FedLoRAError, RunInterrupted
-from fedlora.protocol import ClientInfo, ClientPool
+from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, EvalResult, EvalTask, TrainTask
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
 from orchestrator.flower_keys import read_keys, write_node_key
 from orchestrator.pools.flower import GRID, FlowerPool
 from orchestrator.pools.local import LocalPool
+from orchestrator.rounds import play_round
 from tests.conftest import quiet
 from tests.flower_grid import MemoryGrid, grid_of
+from tests.orchestrator.test_admission import ATTACKS, after_round
 from tests.pools import PoolSuite, UnrulySuite
+from tests.scripted import DENSE, MEMBERS, SITES, answer, federation, first_state
 from tests.silos import RANKS, served, together, write_files
 from tests.unruly import Unruly
 
@@ -289,3 +293,46 @@ def test_a_run_that_was_cut_short_goes_on_with_what_the_nodes_keep(tmp_path: Pat
         play(served(tmp_path / "cut", test, **settings), three, stop)
     again = play(served(tmp_path / "cut", test, **settings), three)
     assert again["final"] == pytest.approx(whole["final"], rel=1e-6)
+
+
+# Every bad update of the admission tests ---------------------------------------------------------------------------
+
+
+class Scripted(NoopRuntime):
+    """A node of ``tests.scripted``; the answers of c2 go through ``tamper`` first."""
+
+    def __init__(self, config: RunConfig, threads: int, tamper: Any = None):
+        super().__init__(config, threads)
+        self._tamper = tamper
+
+    def members(self) -> list[ClientInfo]:
+        return [member for member in MEMBERS if member.id == self._config.name]
+
+    def base(self) -> BaseInfo:
+        return BaseInfo("causal-lm", (), "scripted", SITES, DENSE, 1)
+
+    def train(self, task: TrainTask) -> bytes:
+        honest = answer(task, self.members()[0].num_examples)
+        payload = encode_update(**honest)
+        return self._tamper(task, honest) or payload if task.client == "c2" and self._tamper else payload
+
+    def evaluate(self, task: EvalTask) -> EvalResult:
+        return EvalResult(task.subject, 1.0, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_node_with_a_bad_update_is_refused_and_the_adapter_is_that_of_the_others(tmp_path: Path, name: str) -> None:
+    make, reason = ATTACKS[name]
+    tamper = make()
+    silos = [(member.id, "rows.jsonl", 4) for member in MEMBERS]
+    grid = grid_of(tmp_path / "nodes", silos, runtime=lambda config, threads: Scripted(config, threads, tamper))
+    pool = FlowerPool(served(tmp_path / "run", None, flower__nodes=5), grid, Scripted)
+    assert [member.id for member in pool.members()] == [member.id for member in MEMBERS]
+    fed = federation(pool, pool.members())
+    attacked = play_round(fed, play_round(fed, first_state(fed)))
+    assert attacked.row is not None
+    assert reason in attacked.row["refused"]["c2"]
+    assert attacked.row["admitted"] == ["c0", "c1", "c3", "c4"]
+    others = after_round(members=[member for member in MEMBERS if member.id != "c2"])
+    for key, tensor in others.adapter.tensors().items():
+        assert torch.equal(attacked.adapter.tensors()[key], tensor), key
