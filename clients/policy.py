@@ -32,9 +32,7 @@ class Policy(Section):
     min_cohort: int = Field(1, ge=1, description="clients a round asks together, as the server says")
     require_dp: bool = Field(False, description="the server's strategy has to be differentially private")
     require_secure_sum: bool = Field(False, description="no update leaves the node but under the masks of a secure sum")
-    require_local: bool = Field(
-        False, description="no update leaves the node without noise from its own secret"
-    )
+    require_local: bool = Field(False, description="no update leaves the node without noise from its own secret")
     tell_labels: bool = Field(False, description="whether the server may know how many rows each label has")
     tell_errors: bool = Field(False, description="whether the server may see tracebacks, which can quote rows")
 

@@ -58,6 +58,7 @@ class MemoryGrid(Grid):
         self.nodes = dict(nodes)
         self._replies: dict[str, Message | None] = {}
         self._to: dict[str, int] = {}
+        self._messages: dict[str, Message] = {}
         self._locks = {node: threading.Lock() for node in nodes}
 
     def set_run(self, run: Any) -> None:
@@ -97,18 +98,19 @@ class MemoryGrid(Grid):
         identity, number = message.metadata.message_id, message.metadata.dst_node_id
         self._to[identity] = number
         node = self.nodes[number]
+        self._messages[identity] = message
 
         def work() -> None:
             reply = node.handle(message, number)
             if node.there:
                 self._replies[identity] = _over_the_wire(reply)
 
-        threading.Thread(target=work, daemon=True).start()
+        if node.there:  # the pool may not have noticed yet
+            threading.Thread(target=work, daemon=True).start()
         return identity
 
     def _sent(self, identity: str) -> Message:
-        node = self.nodes[self._to[identity]]
-        return next(message for message in node.received if message.metadata.message_id == identity)
+        return self._messages[identity]
 
 
 def _over_the_wire(message: Message) -> Message:
