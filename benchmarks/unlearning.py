@@ -94,10 +94,10 @@ SMOLLM: Mapping[str, Any] = {
     "model": {"name": "builtin:smollm2-135m"},
     # the layers below are frozen, so what they make of a row is computed once
     "lora": {"r": 16, "lora_alpha": 16, "target_modules": r".*layers\.2[4-9]\..*(q_proj|v_proj|up_proj|down_proj)"},
-    "training": {"learning_rate": 0.005, "per_device_train_batch_size": 12, "max_steps": 10, "base_dropout": False},
+    "training": {"learning_rate": 0.01, "per_device_train_batch_size": 12, "max_steps": 10, "base_dropout": False},
     "evaluation": {"every": 1000, "per_client": False},
     "strategy": "flexlora",
-    "rounds": 8,
+    "rounds": 12,
     "keep_checkpoints": 10,
     "contributions": {"keep_rounds": 50},
     "threads": 1,
