@@ -65,7 +65,11 @@ def differences(mine: RunConfig, other: RunConfig) -> list[str]:
 
 
 def _suffix(overrides: Sequence[str]) -> str:
-    """Part of a default folder's name that tells runs with different overrides apart, such as ``-1f3a9c``."""
+    """Part of a default folder's name that tells runs with different overrides apart, such as ``-1f3a9c``.
+
+    How nodes are reached makes no other run of it.
+    """
+    overrides = [text for text in overrides if not text.startswith("flower.")]
     if not overrides:
         return ""
     return "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:6]

@@ -1,6 +1,7 @@
 """A node's policy: what a malicious server asks for, and the sentence it gets for an answer."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +44,13 @@ class Server:
             AdapterState({path: LowRank(torch.zeros(out, rank), torch.ones(rank, into)) for path, (out, into) in sites})
         )
 
-    def train(self, recipe: Any = None, cohort: Any = 3, base: str = "noop", **changes: Any) -> str:
+    def train(
+        self, recipe: Any = None, cohort: Any = 3, base: str = "noop", seconds: Any = None, **changes: Any
+    ) -> str:
         """The node's error to a task; empty for an update."""
         task = replace(self.task, **changes)
         note = {"recipe": json.dumps(recipe or self.recipe), "base": base, "cohort": cohort, "ledger": []}
+        note["seconds"] = seconds
         answer = self.silo.train(Parcel({**note, "task": task_note(task)}, {sha256(task.adapter): task.adapter}))
         assert bool(answer.payloads) == ("error" not in answer.note)
         return str(answer.note.get("error", ""))
@@ -186,6 +190,20 @@ def test_an_error_that_may_quote_a_row_stays_on_the_node(serve) -> None:
     told = server.train()
     assert "Mrs Smith" not in told
     assert told.startswith("RuntimeError")
+
+
+def test_a_node_stops_at_the_deadline_and_is_free_for_the_next_task(serve) -> None:
+    server = serve()
+    runtime = server.silo._runtime(json.dumps(server.recipe))
+    runtime.train, honest = hang, runtime.train  # type: ignore[method-assign]
+    assert server.train(seconds=0.2) == "had not answered at the deadline of 0.2 s and was stopped"
+    runtime.train = honest  # type: ignore[method-assign]
+    assert server.train(seconds="soon") == ""
+
+
+def hang(task: TrainTask) -> bytes:
+    while True:
+        threading.Event().wait(0.01)
 
 
 def fail(task: TrainTask) -> bytes:

@@ -43,6 +43,9 @@ def test_a_configuration_for_nodes_validates_without_a_row(tmp_path: Path) -> No
 
 
 def test_how_nodes_are_reached_does_not_define_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {name: m}\ndata: {labels: [a, b]}\npool: flower\n")
+    assert load_config(path, ["flower.address=host:1"]).output_dir == load_config(path).output_dir
     assert served(tmp_path, None).sha256() == served(tmp_path, None, flower__address="host:1").sha256()
 
 

@@ -16,7 +16,7 @@ from tests.conftest import quiet
 from tests.silos import RANKS, served, together, write_files
 from tests.superlink import Site, kill, site, wait_until
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow]
+pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS: dict[str, Any] = {"strategy": "fedex_het", "rounds": 5}
 
