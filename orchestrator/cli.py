@@ -15,7 +15,7 @@ import typer
 
 from fedlora import __version__
 from fedlora.errors import ConfigError, FedLoRAError
-from orchestrator.flower_commands import app as flower_app
+from orchestrator.flower.commands import app as flower_app
 from orchestrator.unlearning.commands import app as unlearn_app
 
 app = typer.Typer(

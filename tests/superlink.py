@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.flower_keys import write_certificates, write_node_key
+from orchestrator.flower.keys import write_certificates, write_node_key
 from tests.flower_grid import node_config
 
 ROOT = Path(__file__).parents[1]

@@ -1,1 +1,1 @@
-"""Flower: its strategies as ours, and ours as its."""
+"""Flower: the app and the link that carry a run, keys, and the way between its strategies and ours."""

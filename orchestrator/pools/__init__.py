@@ -22,7 +22,7 @@ def _open(config: RunConfig) -> ClientPool:
 
         return RayPool(config)
     if config.pool == "flower":
-        from orchestrator.flower_app import check_installed
+        from orchestrator.flower.app import check_installed
 
         check_installed()
         from orchestrator.pools.flower import GRID, FlowerPool

@@ -23,7 +23,7 @@ from clients.records import Parcel, read, sha256, task_note
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedLoRAError, WireError
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Patch, Reply, TrainTask, WorkerStats
-from orchestrator.flower_keys import read_keys
+from orchestrator.flower.keys import read_keys
 from orchestrator.pools import check_one_each, cores
 from orchestrator.pools.nodes import Nodes
 from orchestrator.pools.post import Grid, Post, told
@@ -73,7 +73,7 @@ class FlowerPool:
                     "flower.address: say where the SuperLink is (host:port), or run the app that fedlora flower init"
                     " writes with flwr run"
                 )
-            from orchestrator.flower_link import connect
+            from orchestrator.flower.link import connect
 
             grid, self._close = connect(config.flower)
         self._post = Post(grid, config.flower.poll_s)

@@ -11,9 +11,9 @@ import yaml
 
 from fedlora.config import load_config, parse_config
 from fedlora.errors import ConfigError, FedLoRAError, RunFolderError
-from orchestrator.flower_app import POLICY, write_app
-from orchestrator.flower_gate import FleetOnly
-from orchestrator.flower_keys import read_keys, write_certificates, write_node_key
+from orchestrator.flower.app import POLICY, write_app
+from orchestrator.flower.gate import FleetOnly
+from orchestrator.flower.keys import read_keys, write_certificates, write_node_key
 from orchestrator.validate import validate
 from tests.silos import served, write_files
 
@@ -112,7 +112,7 @@ def test_from_elsewhere_a_superlink_answers_nodes_only(client: str, path: str, s
 
 
 def test_a_superlink_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    from orchestrator.flower_link import connect
+    from orchestrator.flower.link import connect
 
     config = served(tmp_path, None, flower__address="127.0.0.1:9", flower__insecure=True)
     with pytest.raises(FedLoRAError, match=r"no SuperLink answers at 127.0.0.1:9"):

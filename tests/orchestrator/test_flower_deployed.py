@@ -11,7 +11,7 @@ import torch
 
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
-from orchestrator.flower_keys import write_node_key
+from orchestrator.flower.keys import write_node_key
 from tests.conftest import quiet
 from tests.silos import RANKS, served, together, write_files
 from tests.superlink import Site, kill, site, wait_until

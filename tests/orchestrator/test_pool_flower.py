@@ -17,7 +17,7 @@ from fedlora.errors import FedLoRAError, RunInterrupted
 from fedlora.protocol import BaseInfo, ClientInfo, ClientPool, EvalResult, EvalTask, TrainTask
 from orchestrator import launch
 from orchestrator.checkpoint import load_latest
-from orchestrator.flower_keys import read_keys, write_node_key
+from orchestrator.flower.keys import read_keys, write_node_key
 from orchestrator.pools.flower import GRID, FlowerPool
 from orchestrator.pools.local import LocalPool
 from orchestrator.rounds import play_round

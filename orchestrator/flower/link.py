@@ -30,7 +30,7 @@ from flwr.superlink.grid import HttpGrid
 from clients.flower_runtime import heartbeat, patient, runtime_client
 from fedlora.config import FlowerConfig
 from fedlora.errors import ConfigError, FedLoRAError
-from orchestrator.flower_app import PYPROJECT
+from orchestrator.flower.app import PYPROJECT
 
 TAKE_S = 20.0  # how long a SuperLink may take to hand out the task of a run that it has accepted
 

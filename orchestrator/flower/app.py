@@ -35,11 +35,11 @@ config = "config.yaml"
 rounds = 0
 """
 SERVER_APP = '''\
-"""Plays the run of config.yaml; what it does is in orchestrator/flower_app.py."""
+"""Plays the run of config.yaml; what it does is in orchestrator/flower/app.py."""
 
 from pathlib import Path
 
-from orchestrator.flower_app import make_app
+from orchestrator.flower.app import make_app
 
 app = make_app(Path(__file__).parent)
 '''

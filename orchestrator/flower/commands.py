@@ -13,7 +13,7 @@ app = typer.Typer(help="Federate organisations over Flower; see docs/flower.md."
 @app.command()
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")]) -> None:
     """Write a Flower app: a pyproject.toml for flwr run, a configuration, and a policy for nodes."""
-    from orchestrator.flower_app import write_app
+    from orchestrator.flower.app import write_app
 
     for path in write_app(folder):
         typer.echo(str(path))
@@ -25,10 +25,10 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 @app.command(context_settings=_PASSED_ON)
 def superlink(context: typer.Context) -> None:
     """Start flower-superlink with these arguments so that from elsewhere it answers nodes only."""
-    from orchestrator.flower_app import check_installed
+    from orchestrator.flower.app import check_installed
 
     check_installed()
-    from orchestrator.flower_gate import superlink as start
+    from orchestrator.flower.gate import superlink as start
 
     start(context.args)
 
@@ -36,7 +36,7 @@ def superlink(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON)
 def supernode(context: typer.Context) -> None:
     """Start flower-supernode with these arguments so that it runs the installed ClientApp only."""
-    from orchestrator.flower_app import check_installed
+    from orchestrator.flower.app import check_installed
 
     check_installed()
     from clients.flower_worker import supernode as start
@@ -53,7 +53,7 @@ def certify(
     ] = None,
 ) -> None:
     """Make a certificate for a SuperLink, and the authority that nodes check it against."""
-    from orchestrator.flower_keys import write_certificates
+    from orchestrator.flower.keys import write_certificates
 
     for path in write_certificates(folder, hosts or ["localhost", "127.0.0.1"]):
         typer.echo(str(path))
@@ -64,7 +64,7 @@ def key(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="private half; FILE.pub is the other")],
 ) -> None:
     """Make a SuperNode's key pair; flwr supernode register takes the public half."""
-    from orchestrator.flower_keys import write_node_key
+    from orchestrator.flower.keys import write_node_key
 
     for written in write_node_key(path):
         typer.echo(str(written))
