@@ -123,13 +123,18 @@ def _over_the_wire(message: Message) -> Message:
 
 
 def node_config(
-    folder: Path, client: str, data: Path | str, rank: int, policy: Mapping[str, Any] | None = None
+    folder: Path,
+    client: str,
+    data: Path | str,
+    rank: int,
+    policy: Mapping[str, Any] | None = None,
+    model: str = "builtin:tiny-bert",
 ) -> dict[str, Any]:
     """What ``--node-config`` says of a node whose things lie in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     rules = folder / "client_policy.yaml"
     rules.write_text(yaml.safe_dump(dict(policy or {})))
-    own = {"client": client, "data": str(data), "model": "builtin:tiny-bert", "rank": rank, "threads": 1}
+    own = {"client": client, "data": str(data), "model": model, "rank": rank, "threads": 1}
     return {**own, "state": str(folder / "state"), "policy": str(rules)}
 
 

@@ -109,13 +109,15 @@ class Site:
         write_node_key(self.folder / "keys" / client)
         self.flwr("supernode", "register", str(self.folder / "keys" / f"{client}.pub"), "here", "--name", client)
 
-    def start_node(self, client: str, data: Path, rank: int, plain: bool = False) -> subprocess.Popen[bytes]:
+    def start_node(
+        self, client: str, data: Path, rank: int, plain: bool = False, model: str = "builtin:tiny-bert"
+    ) -> subprocess.Popen[bytes]:
         """A node as docs/flower.md starts it.
 
         Args:
             plain: with Flower's own command, which runs the code that the SuperLink delivers.
         """
-        own = node_config(self.folder / "nodes" / client, client, data, rank)
+        own = node_config(self.folder / "nodes" / client, client, data, rank, model=model)
         told = " ".join(f"{key}={json.dumps(value)}" for key, value in own.items())
         program = ["flower-supernode", "--port", str(free_port())] if plain else ["fedlora", "flower", "supernode"]
         return self.start(client, *program, *self._joins(client), "--node-config", told)

@@ -1,5 +1,6 @@
 """Organisations over Flower in earnest: a SuperLink with TLS and authenticated SuperNodes, each a process."""
 
+import gzip
 import json
 import subprocess
 from collections.abc import Iterator
@@ -76,6 +77,41 @@ def test_five_rounds_at_ranks_4_8_and_16_equal_the_local_pool(three: Site, files
     assert_same_adapter(local, three.folder / "equal")
     rounds = events(three, "equal", "round_committed")
     assert [row["admitted"] for row in rounds] == [sorted(RANKS)] * 5
+
+
+def test_five_rounds_of_minilm_on_clinc150_equal_the_local_pool(tmp_path: Path, clinc150: Path) -> None:
+    files = clinc150_files(clinc150, tmp_path)
+    with gzip.open(clinc150 / "train.jsonl.gz", "rt", encoding="utf-8") as rows:
+        labels = sorted({json.loads(row)["label"] for row in rows})
+    changes = {**SETTINGS, "model__name": "builtin:minilm", "training__base_dropout": False}
+    real = {"labels": labels, "max_length": 32, "test_file": str(files["test"])}
+    names = {name: path for name, path in files.items() if name != "test"}
+    alone = together(tmp_path / "local", files, list(RANKS.values()), files["test"], **changes)
+    alone = alone.model_copy(update={"data": alone.data.model_copy(update=real)})
+    launch.run(alone, quiet)
+    with site(tmp_path / "site") as opened:
+        for client, path in names.items():
+            opened.register(client)
+            opened.start_node(client, path, RANKS[client], model="builtin:minilm")
+        config = served(opened.folder / "run", files["test"], flower__nodes=3, flower__wait_s=120.0, **changes)
+        config = config.model_copy(update={"data": config.data.model_copy(update=real)})
+        path = opened.folder / "run.yaml"
+        path.write_text(config.to_yaml())
+        process = opened.run(path)
+        assert process.wait(600) == 0, opened.log("run")
+        assert_same_adapter(tmp_path / "local", opened.folder / "run")
+
+
+def clinc150_files(source: Path, folder: Path) -> dict[str, Path]:
+    """A file of its own for each organisation, and test rows for the server."""
+    files = {name: folder / f"{name}.jsonl" for name in (*RANKS, "test")}
+    for kind, names, most in (("train", list(RANKS), 900), ("test", ["test"], 200)):
+        with gzip.open(source / f"{kind}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = list(file)
+        rows = rows[:: max(1, len(rows) // most)]
+        for place, name in enumerate(names):
+            files[name].write_text("".join(rows[place :: len(names)]), encoding="utf-8")
+    return files
 
 
 def test_a_wrong_key_a_key_of_nobody_and_plain_text_are_refused(three: Site) -> None:
