@@ -112,9 +112,9 @@ def test_a_secure_sum_over_nodes_equals_that_of_the_local_pool_and_shows_no_upda
     assert one.adapter.tensors().keys() == other.adapter.tensors().keys()
     for name, tensor in other.adapter.tensors().items():
         torch.testing.assert_close(one.adapter.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
-    plain = config.model_copy(update={"privacy": config.privacy.model_copy(update={"secure_sum": None})})
+    told = {**changes, "privacy": {}, "flower__wait_s": 1.0, "flower__nodes": 3, "lora__r": 4}
     with pytest.raises(FedLoRAError, match="require_secure_sum is set, the server asks for updates as they are"):
-        play(plain.model_copy(update={"output_dir": str(tmp_path / "plain")}), grid)
+        play(served(tmp_path / "plain", files["test"], **told), grid)
 
 
 @pytest.fixture
