@@ -9,6 +9,7 @@ from pathlib import Path
 from clients.lesson import Learned
 from clients.private_state import folder_of, write_private
 from fedlora.config import LocalPrivacyConfig, RunConfig
+from fedlora.errors import FedLoRAError
 from fedlora.privacy.local import protected
 from fedlora.protocol import TrainTask
 
@@ -38,6 +39,8 @@ class LocalNoise:
 
     def protect(self, task: TrainTask, learned: Learned) -> Learned:
         """What may leave a client: its change under noise, and neither how many rows it has nor what it measured."""
+        if learned.extras:
+            raise FedLoRAError("noise of its own covers a client's change only, and it is asked for more than that")
         settings = self._settings
         how = settings.clip, settings.noise_multiplier
         if settings.noise == "seeded":

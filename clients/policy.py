@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from clients.recipe import Recipe, RecipeRefused
 from fedlora.config.sections import Section
 from fedlora.errors import ConfigError, nearest
+from fedlora.privacy.messages import AskShares, read_request
 from fedlora.protocol import EvalTask, TrainTask
 from fedlora.training.batches import steps_of
 
@@ -33,6 +34,9 @@ class Policy(Section):
     require_dp: bool = Field(False, description="the server's strategy has to be differentially private")
     require_secure_sum: bool = Field(False, description="no update leaves the node but under the masks of a secure sum")
     require_local: bool = Field(False, description="no update leaves the node without noise from its own secret")
+    min_noise: float = Field(0.0, ge=0, description="least privacy.local.noise_multiplier where require_local is set")
+    min_score_rows: int = Field(10, ge=1, description="a score is over so many rows or not given")
+    allow_forget: bool = Field(False, description="whether the server may name rows, by hash, to leave out")
     tell_labels: bool = Field(False, description="whether the server may know how many rows each label has")
     tell_errors: bool = Field(False, description="whether the server may see tracebacks, which can quote rows")
 
@@ -74,6 +78,11 @@ def check_run(policy: Policy, recipe: Recipe) -> None:
     if policy.require_local and (recipe.privacy.local is None or recipe.privacy.local.noise != "secret"):
         asked = "noise from the run's seed, which it knows" if recipe.privacy.local else "updates without noise"
         _refuse("require_local", "is set", f"the server asks for {asked}")
+    if recipe.privacy.local and policy.require_local and recipe.privacy.local.noise_multiplier < policy.min_noise:
+        asked = f"the server asks for {recipe.privacy.local.noise_multiplier:g}"
+        _refuse("min_noise", f"is {policy.min_noise:g}", asked)
+    if recipe.data.forget and not policy.allow_forget:
+        _refuse("allow_forget", "is not set", "the server names rows, and would learn which of them are here")
     if policy.max_rounds is not None and recipe.rounds > policy.max_rounds:
         _refuse("max_rounds", f"is {policy.max_rounds}", f"the server plans {recipe.rounds}")
 
@@ -106,6 +115,8 @@ def check_task(policy: Policy, recipe: Recipe, task: TrainTask, cohort: int, row
     steps = how.gradient_accumulation_steps * steps_of(max(rows, 1), *batches, how.max_steps, how.num_train_epochs)
     if steps > policy.max_steps:
         _refuse("max_steps", f"is {policy.max_steps}", f"the server asked for {steps} steps")
+    if task.round > recipe.rounds:
+        raise RecipeRefused(f"refused: round {task.round} of a run of {recipe.rounds}")
     if cohort < policy.min_cohort:
         _refuse("min_cohort", f"is {policy.min_cohort}", f"the server asks {cohort} clients together")
     methods = [method.name for method in task.plan.methods]
@@ -115,8 +126,17 @@ def check_task(policy: Policy, recipe: Recipe, task: TrainTask, cohort: int, row
         raise RecipeRefused("refused: a node takes part in plain rounds; it has no stream and no forget rounds")
 
 
-def check_score(client: str, task: EvalTask) -> None:
+def check_letter(policy: Policy, letter: bytes) -> None:
+    """Raise ``RecipeRefused`` for a secure sum of too few."""
+    asked = read_request(letter)
+    if isinstance(asked, AskShares) and len(asked.session.keys) < policy.min_cohort:
+        _refuse("min_cohort", f"is {policy.min_cohort}", f"the sum is over {len(asked.session.keys)} clients")
+
+
+def check_score(policy: Policy, client: str, task: EvalTask) -> None:
     """Raise ``RecipeRefused`` for a score that is not over all of the node's held-out or test rows."""
+    if policy.require_local:
+        _refuse("require_local", "is set", "the server asks for scores, which have no noise")
     if task.subject not in (client, ""):
         raise RecipeRefused(f"refused: this node is {client}, not {task.subject:.60}")
     if task.num_shards != 1 or task.shard or task.prototypes:

@@ -45,6 +45,9 @@ class RecipeData(Section):
 class Recipe(Section):
     """The part of a configuration that a node needs, and nothing that names a place or code."""
 
+    run: str = Field(
+        pattern="^[0-9a-f]{64}$", description="hash of the server's configuration: another run, other state"
+    )
     strategy: list[str] = Field(min_length=1, description="names of the layers, outermost first")
     rounds: int = Field(ge=1)
     seed: int = Field(ge=0)
@@ -68,6 +71,7 @@ def recipe_of(config: RunConfig) -> Recipe:
     layers = config.strategy if isinstance(config.strategy, list) else [config.strategy]
     model, data = config.model, config.data
     return Recipe(
+        run=config.sha256(),
         strategy=[layer if isinstance(layer, str) else next(iter(layer)) for layer in layers],
         rounds=config.rounds,
         seed=config.seed,

@@ -13,12 +13,12 @@ from pydantic import Field, ValidationError
 
 from clients.attempt import OpenRuntime, Runtime, answer, attempt, open_runtime
 from clients.deadline import OutOfTimeError, stopped_after
-from clients.policy import check_base, check_rank, check_run, check_score, check_task, load_policy
+from clients.policy import check_base, check_letter, check_rank, check_run, check_score, check_task, load_policy
 from clients.recipe import RecipeRefused, config_on_node, read_recipe
 from clients.records import Parcel, is_sha256, read_task, sha256, write
 from fedlora.adapter.wire import decode_adapter
 from fedlora.config.sections import Section
-from fedlora.errors import ConfigError, FedLoRAError, WireError
+from fedlora.errors import ConfigError, FedLoRAError, SecureSumError, WireError
 from fedlora.protocol import EvalResult, EvalTask, Patch, Reply, TrainTask
 
 _LOG = logging.getLogger(__name__)  # the node's own
@@ -54,6 +54,9 @@ def read_settings(node_config: Mapping[str, Any]) -> SiloSettings:
         raise ConfigError(*told) from error
 
 
+_SAYABLE = (RecipeRefused, WireError, SecureSumError)  # about what the server sent, not about what is here
+
+
 class Silo:
     """Answers a server. One run at a time has its runtime loaded; another one takes its place."""
 
@@ -82,6 +85,8 @@ class Silo:
         def trained(runtime: Runtime, patches: tuple[Patch, ...]) -> dict[str, Any]:
             note, recipe = parcel.note, read_recipe(str(parcel.note.get("recipe")))
             task = read_task(TrainTask, note.get("task"), parcel.payload(note["task"]["adapter"]), patches)
+            if task.received != sha256(task.adapter):
+                raise WireError("the task is about another adapter than the one it came with")
             if task.client != self.settings.client:
                 raise RecipeRefused(f"refused: this node is {self.settings.client}, not {task.client:.60}")
             (member,) = runtime.members()
@@ -106,6 +111,8 @@ class Silo:
             client, letter = parcel.note.get("client"), parcel.payload(str(parcel.note.get("letter")))
             if client != self.settings.client:
                 raise RecipeRefused(f"refused: this node is {self.settings.client}, not {client!s:.60}")
+            if read_recipe(str(parcel.note.get("recipe"))).privacy.secure_sum:
+                check_letter(self._policy, letter)
             return self._told(answer(runtime, self.settings.client, letter), payloads)
 
         return replace(self._answer(parcel, answered), payloads=payloads)
@@ -126,9 +133,12 @@ class Silo:
         if not isinstance(note, dict):
             raise WireError("a task is not an object")
         task = read_task(EvalTask, note, parcel.payload(str(note.get("adapter"))), patches)
-        check_score(self.settings.client, task)
+        check_score(self._policy, self.settings.client, task)
         check_rank(self._policy, decode_adapter(task.adapter).rank)
-        return runtime.evaluate(task)
+        result = runtime.evaluate(task)
+        if not result.error and result.num_examples < self._policy.min_score_rows:
+            return EvalResult(task.subject, 0.0, 0, 0, 0, error="it has too few rows for a score (min_score_rows)")
+        return result
 
     def _answer(self, parcel: Parcel, work: Callable[[Runtime, tuple[Patch, ...]], dict[str, Any]]) -> Parcel:
         """What the work comes to, or why there is none. What it lacks of the ledger it asks for."""
@@ -142,11 +152,18 @@ class Silo:
             answer = work(runtime, patches)
             return Parcel({**answer, "stats": write(runtime.stats())})
         except FedLoRAError as error:
-            return Parcel({"error": str(error), "seconds": time.perf_counter() - start})
+            return Parcel({"error": self._sayable(error), "seconds": time.perf_counter() - start})
         except Exception as error:  # noqa: BLE001 - a node outlives whatever a server sends it
             _LOG.exception("a message of the server could not be carried out")
             told = f"{type(error).__name__}: {error}" if self._policy.tell_errors else type(error).__name__
             return Parcel({"error": told, "seconds": time.perf_counter() - start})
+
+    def _sayable(self, error: FedLoRAError) -> str:
+        """An error as the server may know it: one about rows or files may quote them."""
+        if isinstance(error, _SAYABLE) or self._policy.tell_errors:
+            return str(error)
+        _LOG.error("%s", error)
+        return f"{type(error).__name__}; the node's own log says more (policy: tell_errors)"
 
     def _told(self, reply: Reply, payloads: dict[str, bytes]) -> dict[str, Any]:
         """A reply as far as the server may know it: an error that is not one of ours may quote a row."""
@@ -168,7 +185,14 @@ class Silo:
         digest = recipe.digest()
         if self._loaded[0] != digest:
             own = self.settings.model_dump()
-            config = config_on_node(recipe, {**own, "output_dir": str(Path(own["state"]) / "runs" / digest[:16])})
+            folder = Path(own["state"]).absolute() / "runs" / digest[:16]
+            for name in ("noise", "secure"):  # its secret, and what it has helped to open, are the same in all runs
+                shared, place = Path(own["state"]).absolute() / name, folder / "private" / name
+                shared.mkdir(parents=True, exist_ok=True)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if not place.exists():
+                    place.symlink_to(shared, target_is_directory=True)
+            config = config_on_node(recipe, {**own, "output_dir": str(folder)})
             self._loaded = ("", None)  # type: ignore[assignment] # the old base is freed before the new one is loaded
             self._loaded = digest, self._open(config, config.threads or 0)
         return self._loaded[1]

@@ -123,6 +123,11 @@ def _validate_nodes(config: RunConfig) -> tuple[dict[str, Any], list[FedLoRAErro
         check_strategy(composed, config, composed.required, merges=_merges(config))
         if private := spending(composed, config, config.flower.nodes):
             facts["privacy"] = private.planned_words()
+        if local := local_spending(composed, config, config.flower.nodes):
+            facts["local"] = local.words()
+        alike = {f"node {number}": config.lora.r for number in range(config.flower.nodes)}
+        if sums := summing(composed, config, alike, 1):
+            facts["secure"] = sums.words()
 
     def model() -> None:
         corpus = open_stream(config.data, None, 1, config.seed, config.model.task).corpus

@@ -133,7 +133,7 @@ def node_config(
     """What ``--node-config`` says of a node whose things lie in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     rules = folder / "client_policy.yaml"
-    rules.write_text(yaml.safe_dump(dict(policy or {})))
+    rules.write_text(yaml.safe_dump({"min_score_rows": 1, **(policy or {})}))
     own = {"client": client, "data": str(data), "model": model, "rank": rank, "threads": 1}
     return {**own, "state": str(folder / "state"), "policy": str(rules)}
 

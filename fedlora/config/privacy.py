@@ -19,13 +19,15 @@ class SecureSumConfig(Section):
         description="share of the clients asked without whom a round has no sum, 3 at least; fewer that collude learn"
         " nothing",
     )
-    clip: float = Field(1.0, gt=0, description="every value of a change is cut to [-clip, clip] before it is sent")
+    clip: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="every value of a change is cut to [-clip, clip] before it is sent"
+    )
 
 
 class LocalPrivacyConfig(Section):
     """Every client puts noise on its own change, which protects it from the server as well."""
 
-    clip: float = Field(1.0, gt=0, description="the largest Frobenius norm of a client's change")
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False, description="the largest Frobenius norm of a client's change")
     noise_multiplier: float = Field(
         1.0, ge=0.2, description="standard deviation of the noise on every value of a change, in units of clip"
     )

@@ -8,6 +8,7 @@ then. Which clients are asked, and when, stays with the run.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -33,6 +34,8 @@ _OURS = {  # what Flower's strategies say and a run says elsewhere
     "min_evaluate_nodes": "evaluation",
     "min_available_nodes": "schedule.quorum",
 }
+_HERE = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1, "train_loss_key": "loss"}
+_MEASURED = ("loss", "steps", "tokens", "rows")  # what every client of ours says; more than that not all would
 _INSTEAD = {  # strategies that ask for more than an average of arrays
     "FedProx": "put the wrapper fedprox over a rule",
     "DifferentialPrivacyServerSideFixedClipping": "put the wrapper dp over fedit",
@@ -55,7 +58,7 @@ class FlowerRule(Strategy):
         ConfigError: for options that it does not take, or that the run sets elsewhere.
     """
 
-    equation = "as Flower computes it, from every client's whole adapter as arrays and its rows as num-examples"
+    equation = "as Flower computes it, from every client's whole adapter and its share of the rows"
     source = "Flower (Beutel et al., 2020, arXiv 2007.14390), flwr.serverapp.strategy"
     traits = Traits(fixed_gauge=True, mixed_ranks=False, idempotent=False, weighted=False)
 
@@ -64,8 +67,8 @@ class FlowerRule(Strategy):
         if taken := next((option for option in options if option in _OURS), None):
             raise ConfigError(f"strategy: {self.name}.{taken} is set by {_OURS[taken]} here; leave it out")
         known = inspect.signature(make).parameters
-        every = {"fraction_train": 1.0} | dict.fromkeys(("min_train_nodes", "min_available_nodes"), 1)
-        self._make, self._options = make, {name: value for name, value in every.items() if name in known} | options
+        ours = {name: value for name, value in _HERE.items() if name in known}
+        self._make, self._options = make, ours | options
         try:
             self._made()
         except (TypeError, ValueError) as error:
@@ -78,7 +81,7 @@ class FlowerRule(Strategy):
         updates = [update for update in updates if update.weight > 0]  # Flower's median would count the others
         with _quiet(), _seeded(ctx.seed), in_a_task():
             rule = self._made()
-            untouched = _remembered(rule)
+            untouched = copy.deepcopy(_remembered(rule))
             for name, value in state.items():
                 setattr(rule, name, _arrays(value))
             sent = ArrayRecord(dict(ctx.adapter.tensors())), ConfigRecord(), Nodes(len(updates))
@@ -91,7 +94,8 @@ class FlowerRule(Strategy):
             for message, update in zip(asked, updates, strict=True):
                 told = RecordDict()
                 told["arrays"] = ArrayRecord(dict(update.trained.tensors()))
-                told["metrics"] = MetricRecord({**update.metrics, "num-examples": update.weight})
+                measured = {name: update.metrics[name] for name in _MEASURED if name in update.metrics}
+                told["metrics"] = MetricRecord({**measured, "num-examples": update.weight})
                 replies.append(Message(content=told, reply_to=message))
             try:
                 arrays, metrics = rule.aggregate_train(ctx.round, replies)
@@ -101,13 +105,18 @@ class FlowerRule(Strategy):
             raise QuorumError(f"{self.name} gave no arrays for the round")
         found = {name: tensor.float() for name, tensor in arrays.to_torch_state_dict().items()}
         adapter = AdapterState.from_tensors({name: found[name].clone() for name in ctx.adapter.tensors()})
-        kept = {name: _stored(f"{self.name}.{name}", value) for name, value in _remembered(rule, untouched).items()}
+        moved = {name: v for name, v in _remembered(rule).items() if name in state or not _same(v, untouched.get(name))}
+        kept = {name: _stored(f"{self.name}.{name}", value) for name, value in moved.items()}
         shown = {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
         return Aggregate(adapter, {**state, **kept}, shown)
 
     def _made(self) -> Any:
         with _quiet():
-            return self._make(**self._options)
+            rule = self._make(**self._options)
+        for name in ("min_train_nodes", "min_available_nodes"):  # a class of one's own may hide them in its keywords
+            if isinstance(getattr(rule, name, None), int):
+                setattr(rule, name, 1)
+        return rule
 
 
 def flower_rule(name: str) -> Callable[..., FlowerRule]:
@@ -141,18 +150,21 @@ class Nodes:
         return range(1, self._count + 1)
 
 
-def _remembered(rule: Any, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What an object holds; where ``before`` is given, what has another value than there.
-
-    The arrays that clients were sent are told it every round and need not be kept.
-    """
-    held = {name: value for name, value in vars(rule).items() if name != "current_arrays"}
-    return held if before is None else {name: v for name, v in held.items() if not _same(v, before.get(name))}
+def _remembered(rule: Any) -> dict[str, Any]:
+    """What an object holds. The arrays that clients were sent are told it every round and need not be kept."""
+    return {name: value for name, value in vars(rule).items() if name != "current_arrays"}
 
 
 def _same(one: Any, other: Any) -> bool:
-    plain = bool | int | float | str | None
-    return one is other or (isinstance(one, plain) and isinstance(other, plain) and one == other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return bool(one is other or one == other)
 
 
 def _stored(what: str, value: Any) -> Any:

@@ -12,7 +12,12 @@ def open_pool(config: RunConfig) -> ClientPool:
     if config.privacy.secure_sum:
         from orchestrator.pools.secure import SecurePool
 
-        return SecurePool(_open(config), config)
+        inner = _open(config)
+        try:
+            return SecurePool(inner, config)
+        except BaseException:
+            inner.close()
+            raise
     return _open(config)
 
 

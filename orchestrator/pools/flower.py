@@ -22,6 +22,7 @@ from clients.recipe import recipe_of
 from clients.records import Parcel, read, sha256, task_note
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedLoRAError, WireError
+from fedlora.privacy.fixed_point import MOST_WEIGHT
 from fedlora.protocol import BaseInfo, ClientInfo, EvalResult, EvalTask, Patch, Reply, TrainTask, WorkerStats
 from orchestrator.flower.keys import read_keys
 from orchestrator.pools import check_one_each, cores
@@ -79,7 +80,8 @@ class FlowerPool:
         self._post = Post(grid, config.flower.poll_s)
         self._recipe = recipe_of(config).model_dump_json()
         keys = read_keys(config.flower.keys) if config.flower.keys else None
-        self._nodes = Nodes(self._post, self._recipe, lambda: self._base.fingerprint, config.lora.r, keys)
+        alike = MOST_WEIGHT // config.flower.nodes if config.privacy.secure_sum else 0
+        self._nodes = Nodes(self._post, self._recipe, lambda: self._base.fingerprint, config.lora.r, keys, alike)
         self._members: list[ClientInfo] = []
         self._out: dict[str, _Out] = {}
         self._arrived: deque[Reply] = deque()

@@ -23,6 +23,7 @@ class Nodes:
         recipe: of the run, as JSON.
         fingerprint: of the base that everybody must have.
         rank: the largest that a node may train at.
+        alike: whether all have to train at it, and how many rows come to at most, where their answers are summed.
         keys: public key of every client's node, in PEM; None where registering is enough.
     """
 
@@ -33,8 +34,10 @@ class Nodes:
         fingerprint: Callable[[], str],
         rank: int,
         keys: Mapping[str, bytes] | None = None,
+        alike: int = 0,
     ):
         self._post, self._recipe, self._fingerprint, self._rank = post, recipe, fingerprint, rank
+        self._alike = alike
         self._keys = keys
         self._asked: dict[str, int] = {}  # messages to nodes that have not said yet who they are
         self._client: dict[int, str] = {}
@@ -73,6 +76,7 @@ class Nodes:
             there = self._post.nodes()
             for node in [node for node in self._client if node not in there]:
                 del self._client[node]
+                self.refused.clear()  # whoever has come back under another number was refused its own name
             for node in [node for node in self.refused if node not in there]:
                 del self.refused[node]
             asked = {*self._client, *self.refused, *self._asked.values()}
@@ -100,6 +104,10 @@ class Nodes:
         if "error" in answer.note:
             raise WireError(str(answer.note["error"]))
         member = _checked(answer.note, self._rank)
+        if self._alike and member.rank != self._rank:
+            raise WireError(f"{member.id} trains at rank {member.rank}, and a secure sum needs lora.r ({self._rank})")
+        if self._alike and member.num_examples > self._alike:
+            raise WireError(f"{member.id} has {member.num_examples} rows, more than a secure sum has room for")
         if answer.note.get("base") != self._fingerprint():
             raise WireError(
                 f"{member.id} has another base model (fingerprint {str(answer.note.get('base'))[:12]}, expected"

@@ -48,7 +48,7 @@ class Server:
         self, recipe: Any = None, cohort: Any = 3, base: str = "noop", seconds: Any = None, **changes: Any
     ) -> str:
         """The node's error to a task; empty for an update."""
-        task = replace(self.task, **changes)
+        task = replace(self.task, **{"received": digest(changes.get("adapter", self.adapter)), **changes})
         note = {"recipe": json.dumps(recipe or self.recipe), "base": base, "cohort": cohort, "ledger": []}
         note["seconds"] = seconds
         answer = self.silo.train(Parcel({**note, "task": task_note(task)}, {sha256(task.adapter): task.adapter}))
@@ -59,6 +59,14 @@ class Server:
         task = replace(EvalTask("amber", self.adapter), **changes)
         note = {"recipe": json.dumps(self.recipe), "ledger": [], "tasks": [task_note(task)]}
         return str(self.silo.evaluate(Parcel(note, {sha256(task.adapter): task.adapter})).note.get("error", ""))
+
+    def results(self) -> list[dict[str, Any]]:
+        task = EvalTask("amber", self.adapter)
+        note = {"recipe": json.dumps(self.recipe), "ledger": [], "tasks": [task_note(task)]}
+        found: list[dict[str, Any]] = self.silo.evaluate(Parcel(note, {sha256(task.adapter): task.adapter})).note[
+            "results"
+        ]
+        return found
 
     def with_keys(self, **changes: Any) -> dict[str, Any]:
         """The recipe with keys changed or added, sections by two underscores."""
@@ -112,6 +120,22 @@ def test_a_run_outside_the_policy_is_refused_before_anything_is_loaded(serve) ->
     private = serve(require_dp=True)
     assert private.train(private.with_keys(strategy=["dp", "fedit"])) == ""
     assert "max_rounds is 2, the server plans 3" in serve(max_rounds=2).train()
+
+
+def test_what_would_tell_of_single_rows_or_spend_more_than_was_agreed_is_refused(serve: Callable[..., Server]) -> None:
+    server = serve()
+    assert server.train(round=4) == "refused: round 4 of a run of 3"
+    assert server.train(received="0" * 64) == "the task is about another adapter than the one it came with"
+    named = server.with_keys(data__forget=["0" * 64])
+    assert "allow_forget is not set, the server names rows" in server.train(named)
+    assert serve(allow_forget=True).train(named) == ""
+    assert "too few rows for a score (min_score_rows)" in serve(min_score_rows=1000).results()[0]["error"]
+    noise = {"clip": 1.0, "noise_multiplier": 0.5, "delta": 1e-5, "noise": "secret"}
+    quiet = serve(require_local=True, min_noise=1.0)
+    assert "min_noise is 1, the server asks for 0.5" in quiet.train(quiet.with_keys(privacy__local=noise))
+    quiet.recipe = quiet.with_keys(privacy__local={**noise, "noise_multiplier": 1.0})
+    assert quiet.train() == ""
+    assert "require_local is set, the server asks for scores" in quiet.score()
 
 
 def test_masks_and_noise_of_its_own_can_be_required(serve: Callable[..., Server]) -> None:

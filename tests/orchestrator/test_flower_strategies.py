@@ -104,6 +104,38 @@ def test_a_run_goes_on_with_what_a_strategy_of_flower_remembers(toy: Callable[..
     assert {"m_t", "v_t"} <= set(state.strategy)
 
 
+class Diary(FedAvg):
+    """Hides Flower's options in its keywords, and changes what it keeps in place."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.rounds: list[int] = []
+        self.odd = False
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        self.rounds.append(server_round)
+        self.odd = not self.odd
+        return super().aggregate_train(server_round, replies)
+
+
+def test_what_is_changed_in_place_is_kept_and_so_is_a_value_that_is_as_at_first_again() -> None:
+    state: Any = {}
+    for number in (1, 2, 3):
+        ctx = RoundContext(number, 1, 0, adapter=one(0, 0, 0).received)
+        state = combine(FlowerRule(Diary), [one(1, 1, 1)], ctx, state).state
+        assert state["odd"] is (number % 2 == 1)
+    assert sorted(value for name, value in state["rounds"].items() if name != "is") == [1, 2, 3]
+
+
+def test_a_client_that_measures_more_than_others_costs_nobody() -> None:
+    updates = [one(1.0, 1.0, 1.0, "c1"), replace(one(1.0, 1.0, 1.0, "c2"), metrics={"loss": 1.0, "mine": 2.0})]
+    updates[0] = replace(updates[0], metrics={"loss": 1.0})
+    ctx = RoundContext(1, 1, 0, adapter=one(0.0, 0.0, 0.0).received)
+    assert combine(compose("flwr.FedAvg"), updates, ctx, {}).metrics == {"loss": pytest.approx(1.0)}
+    fair = compose({"flwr.QFedAvg": {"client_learning_rate": 0.1}})
+    assert torch.isfinite(combine(fair, updates, ctx, {}).adapter.modules["q"].B).all()
+
+
 def silent(event: str, fields: Any) -> None:
     """Hears nothing."""
 

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from clients.lesson import Learned
+from clients.noise import LocalNoise
+from clients.private_state import Private
 from fedlora.adapter.wire import decode_update
-from fedlora.config import RunConfig
-from fedlora.errors import ConfigError
+from fedlora.config import LocalPrivacyConfig, RunConfig
+from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.privacy.accountant import Accountant
+from fedlora.protocol import TrainPlan, TrainTask
 from orchestrator import launch
 from orchestrator.pools.local import LocalPool
 from orchestrator.stores.files import read_json, read_lines
@@ -143,3 +147,10 @@ def test_whatever_else_would_tell_of_rows_is_refused(
 def test_too_little_noise_to_count_is_no_noise(toy: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=r"privacy.local.noise_multiplier is '0.1'"):
         toy(privacy__local={"noise_multiplier": 0.1})
+
+
+def test_a_client_with_noise_of_its_own_sends_nothing_beside_its_change(tmp_path: Path) -> None:
+    noise = LocalNoise(tmp_path, LocalPrivacyConfig(), seed=0)
+    beside = Learned({}, {"sketch": torch.ones(1)}, Private(), 1, {})
+    with pytest.raises(FedLoRAError, match="asked for more than that"):
+        noise.protect(TrainTask(1, "c0", TrainPlan(2), b"", "", 0), beside)

@@ -124,6 +124,12 @@ def three(tmp_path: Path) -> MemoryGrid:
     return grid_of(tmp_path / "nodes", [(name, files[name], rank) for name, rank in RANKS.items()])
 
 
+@pytest.fixture
+def light(tmp_path: Path) -> MemoryGrid:
+    """The same nodes without a model, which say at once who they are."""
+    return grid_of(tmp_path / "nodes", [(name, "nowhere.jsonl", 2) for name in RANKS], None, LoneUnruly)
+
+
 def lies() -> Iterator[Callable[[Parcel], Parcel]]:
     """Answers to tasks of training, one worse than the other."""
 
@@ -222,7 +228,7 @@ def test_a_node_whose_policy_refuses_is_left_out_and_a_run_that_waits_for_it_say
     Path(strict.config["policy"]).write_text("strategies: [fedit]\n")
     test = tmp_path / "files" / "test.jsonl"
     short = served(tmp_path / "run", test, flower__nodes=3).model_copy(
-        update={"flower": FlowerConfig(nodes=3, wait_s=3, poll_s=0.05)}
+        update={"flower": FlowerConfig(nodes=3, wait_s=8, poll_s=0.05)}
     )
     with pytest.raises(FedLoRAError, match=r"2 of 3 nodes came .* strategies are fedit, the server's strategy has"):
         play(short, three)
@@ -243,33 +249,33 @@ def test_a_node_whose_policy_refuses_is_left_out_and_a_run_that_waits_for_it_say
     ids=["name taken", "name of control characters", "rank", "rows", "no rows", "not a number"],
 )
 def test_what_a_node_says_of_itself_is_checked(
-    tmp_path: Path, three: MemoryGrid, change: dict[str, Any], reason: str
+    tmp_path: Path, light: MemoryGrid, change: dict[str, Any], reason: str
 ) -> None:
-    three.nodes[101].tamper = lambda kind, answer: Parcel(
+    light.nodes[101].tamper = lambda kind, answer: Parcel(
         {**answer.note, "member": {**answer.note["member"], **change}} if kind == "query" else answer.note
     )
-    config = served(tmp_path / "run", None).model_copy(update={"flower": FlowerConfig(nodes=3, wait_s=3, poll_s=0.05)})
+    config = served(tmp_path / "run", None).model_copy(update={"flower": FlowerConfig(nodes=3, wait_s=1, poll_s=0.05)})
     with pytest.raises(FedLoRAError, match=reason):
-        FlowerPool(config, three).members()
+        FlowerPool(config, light, LoneUnruly).members()
 
 
-def test_a_node_is_held_to_the_name_it_was_registered_under(tmp_path: Path, three: MemoryGrid) -> None:
-    three.nodes[101].name = "somebody-else"
-    config = served(tmp_path / "run", None).model_copy(update={"flower": FlowerConfig(nodes=3, wait_s=3, poll_s=0.05)})
+def test_a_node_is_held_to_the_name_it_was_registered_under(tmp_path: Path, light: MemoryGrid) -> None:
+    light.nodes[101].name = "somebody-else"
+    config = served(tmp_path / "run", None).model_copy(update={"flower": FlowerConfig(nodes=3, wait_s=1, poll_s=0.05)})
     with pytest.raises(FedLoRAError, match="the node registered as somebody-else says it is birch"):
-        FlowerPool(config, three).members()
+        FlowerPool(config, light, LoneUnruly).members()
 
 
-def test_with_keys_a_node_is_who_its_key_says_and_nobody_else_takes_part(tmp_path: Path, three: MemoryGrid) -> None:
+def test_with_keys_a_node_is_who_its_key_says_and_nobody_else_takes_part(tmp_path: Path, light: MemoryGrid) -> None:
     files = {name: write_node_key(tmp_path / "keys" / name)[1] for name in RANKS}
     keys = read_keys({name: str(path) for name, path in files.items()})
-    three.nodes[100].key, three.nodes[101].key = keys["amber"], keys["cedar"]  # birch with cedar's key, cedar with none
+    light.nodes[100].key, light.nodes[101].key = keys["amber"], keys["cedar"]  # birch with cedar's key, cedar with none
     listed = {name: str(path) for name, path in files.items()}
-    settings = FlowerConfig(nodes=3, wait_s=3, poll_s=0.05, keys=listed)
+    settings = FlowerConfig(nodes=3, wait_s=1, poll_s=0.05, keys=listed)
     config = served(tmp_path / "run", None).model_copy(update={"flower": settings})
     with pytest.raises(FedLoRAError) as refusal:
-        FlowerPool(config, three).members()
-    assert "1 of 3 nodes came within 3 s (amber)" in str(refusal.value)
+        FlowerPool(config, light, LoneUnruly).members()
+    assert "1 of 3 nodes came within 1 s (amber)" in str(refusal.value)
     assert "node 101: its key is not that of birch in flower.keys" in str(refusal.value)
     assert "node 102: its key is not among flower.keys" in str(refusal.value)
 
