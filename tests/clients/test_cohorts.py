@@ -35,7 +35,10 @@ RULES: Mapping[str, Any] = {
     "hetlora": {"hetlora": {"penalty": 0.1}},
     "personal_head": ["personal_head", "flexlora"],
 }
-PROTECTIONS = ("ewc", "mas", "online_lora", "o_lora", "prototypes", "inflora")
+PROTECTIONS = (
+    *("ewc", "o_lora", "prototypes", "inflora"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mas", "online_lora")),  # as ewc, with other numbers
+)
 
 
 class Recorder(LocalPool):

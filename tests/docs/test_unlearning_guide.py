@@ -23,6 +23,7 @@ PLANNED = {
 }
 
 
+@pytest.mark.slow
 def test_every_command_of_the_guide_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as written, but with a fifth of its steps
     smoke = (ROOT / "configs" / "smoke.yaml").read_text()

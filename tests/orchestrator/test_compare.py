@@ -215,6 +215,7 @@ class Mortal(FlexLoRA):
 """
 
 
+@pytest.mark.slow
 def test_of_two_jobs_one_that_dies_costs_its_cell_until_the_command_is_repeated(
     fedlora: Any, config: Path, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_workers_that_do_not_fit_the_cluster_are_refused_at_once(tmp_path: Path)
         RayPool(toy_config(tmp_path, pool="ray", ray__workers=64))
 
 
+@pytest.mark.slow
 def test_ledger_and_personal_parts_reach_every_worker_also_one_that_starts_late(tmp_path: Path) -> None:
     strategy = ["personal_head", "fedex_het"]
     settings = {"strategy": strategy, "rounds": 3, "clients__per_round": 4}
