@@ -98,7 +98,7 @@ SMOLLM: Mapping[str, Any] = {
     "evaluation": {"every": 1000, "per_client": False},
     "strategy": "flexlora",
     "rounds": 12,
-    "keep_checkpoints": 10,
+    "keep_checkpoints": 14,
     "contributions": {"keep_rounds": 50},
     "threads": 1,
 }
