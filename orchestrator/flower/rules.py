@@ -34,7 +34,6 @@ _OURS = {  # what Flower's strategies say and a run says elsewhere
     "min_evaluate_nodes": "evaluation",
     "min_available_nodes": "schedule.quorum",
 }
-_HERE = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1, "train_loss_key": "loss"}
 _MEASURED = ("loss", "steps", "tokens", "rows")  # what every client of ours says; more than that not all would
 _INSTEAD = {  # strategies that ask for more than an average of arrays
     "FedProx": "put the wrapper fedprox over a rule",
@@ -66,8 +65,7 @@ class FlowerRule(Strategy):
         self.name = f"{PREFIX}{getattr(make, '__name__', type(make).__name__)}"
         if taken := next((option for option in options if option in _OURS), None):
             raise ConfigError(f"strategy: {self.name}.{taken} is set by {_OURS[taken]} here; leave it out")
-        known = inspect.signature(make).parameters
-        ours = {name: value for name, value in _HERE.items() if name in known}
+        ours = {"train_loss_key": "loss"} if "train_loss_key" in inspect.signature(make).parameters else {}
         self._make, self._options = make, ours | options
         try:
             self._made()
